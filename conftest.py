@@ -1,0 +1,74 @@
+"""Tiny random models and a tiny tokenizer with a chat template, made on the spot: the tests need no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from model import GuardedChat
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CONTEXT = 256
+
+
+def make_tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(
+        ["user assistant system the answer is harmful or safe, and how is the bread?"], trainer
+    )
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special)
+
+
+def make_model(kind="llama", seed=0):
+    """A random model of two layers. "mistral" has a sliding window of 8, "gpt2" the Conv1D layers."""
+    shape = {"vocab_size": 320, "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 1}
+    if kind == "gpt2":
+        config = GPT2Config(**shape, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT)
+    else:
+        shape |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        shape |= {"num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+        config = LlamaConfig(**shape) if kind == "llama" else MistralConfig(**shape, sliding_window=8)
+    torch.manual_seed(seed)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+
+
+def make_guard(kind="llama", trained=True, **settings):
+    """A guard for make_model(kind); `trained` fills B with noise, for with B at zero the gate changes nothing."""
+    settings = {"categories": ["theft", "hate"], "lora_r": 4, "guard_prompt": " harmful?"} | settings
+    guard = GuardedChat(make_model(kind), make_tokenizer(), **settings)
+    if trained:
+        torch.manual_seed(1)
+        for name, parameter in guard.adapter().items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return guard
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A tiny chat model as a local folder, as a user would name it."""
+    make_model().save_pretrained(tmp_path / "chat-model")
+    make_tokenizer().save_pretrained(tmp_path / "chat-model")
+    return str(tmp_path / "chat-model")

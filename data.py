@@ -1,0 +1,169 @@
+"""From labelled text to token ids: rows are read and checked, split so that no prompt is in two parts, written out with
+the chat model's own template, and grouped into batches of similar length.
+
+A row has `prompt` (text), and may have `response` (text; without it the prompt alone is judged), `category`
+({name: bool}; without it only the unsafe output learns from the row) and `is_safe` (bool; without it, a row is safe
+when no category is true). BeaverTails (Ji et al., arXiv 2307.04657) has all four.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import datasets
+import torch
+
+from lora import UserError
+
+BEAVERTAILS = "PKU-Alignment/BeaverTails"
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+PARTS = ("train", "validation", "test")
+
+
+def load_splits(sources):
+    """Read `sources` into ({"train": rows, "validation": rows, "test": rows}, category names in the data's order).
+
+    sources: one hub id, or data files, or folders of them. "test" in a name makes it the test part, "val" or "dev" the
+    validation part, anything else the train part. A part that is not given is cut out of the train part, a tenth of its
+    prompts; training rows whose prompt is in a part that is given are left out, and their number printed.
+    Raises UserError for data that cannot be read or learnt from.
+    """
+    given, names = {}, None
+    for source, part, rows in _read(sources):
+        if not rows:
+            raise UserError(f"{source} has no rows")
+        for number, row in enumerate(rows, 1):
+            row = check_labels(row, f"{source}, row {number}")
+            if row["category"] is not None:
+                names = names or list(row["category"])
+                if differing := sorted(set(names) ^ set(row["category"])):
+                    raise UserError(f"{source}, row {number}: not in every row's categories: {', '.join(differing)}")
+            given.setdefault(part, []).append(row)
+    if "train" not in given:
+        raise UserError(f"no train part in {', '.join(map(str, sources))}: every name has 'test', 'val' or 'dev' in it")
+
+    held_out = {_prompt_key(row) for part, rows in given.items() if part != "train" for row in rows}
+    train = [row for row in given["train"] if _prompt_key(row) not in held_out]
+    if left_out := len(given["train"]) - len(train):
+        print(f"left out {left_out} training rows whose prompt is in the validation or test part too")
+    splits = {part: given.get(part, []) for part in PARTS} | {"train": []}
+    to_cut = [part for part in PARTS if part not in given]
+    for row in train:
+        # The prompt alone decides: neither the order of the rows nor a seed can move a prompt into another part.
+        tenth = int(hashlib.sha256(_prompt_key(row).encode()).hexdigest(), 16) % 10
+        splits[to_cut[tenth] if tenth < len(to_cut) else "train"].append(row)
+    for part in ("train", "validation"):
+        if len({row["is_safe"] for row in splits[part]}) < 2:
+            raise UserError(f"the {part} part needs safe and unsafe rows; it has {len(splits[part])} rows of one kind")
+    return splits, names or []
+
+
+def _read(sources):
+    """[(name, part, rows)] of every file or hub split that `sources` name."""
+    paths = []
+    for path in map(Path, sources):
+        paths += sorted(file for file in path.iterdir() if file.suffix in READERS) if path.is_dir() else [path]
+    if files := [path for path in paths if path.suffix in READERS]:
+        if strange := [path for path in paths if path not in files]:
+            raise UserError(f"{strange[0]} is not one of {', '.join(READERS)}")
+        return [(str(path), _part(path.name), _read_file(path)) for path in files]
+    if len(sources) > 1 or Path(sources[0]).exists():
+        raise UserError(f"{' '.join(map(str, sources))}: expected one hub id, or files: {', '.join(READERS)}")
+    try:
+        splits = datasets.load_dataset(sources[0])
+    except Exception as error:  # hub, network and format errors share no narrower class
+        advice = "without a network give JSONL, CSV or Parquet files: --dataset train.jsonl test.jsonl"
+        raise UserError(f"cannot load the data set {sources[0]!r} ({first_line(error)}); {advice}") from error
+    # BeaverTails comes in two sizes of the same rows; the paper's, and ours, is the 30k one.
+    return [
+        (f"{sources[0]} {name}", _part(name), rows.to_list()) for name, rows in splits.items() if "330k" not in name
+    ]
+
+
+def _read_file(path):
+    # An empty CSV field stays "": pandas would otherwise take the texts "None" and "null" for missing ones, too.
+    options = {"keep_default_na": False} if path.suffix == ".csv" else {}
+    try:
+        if path.stat().st_size == 0:
+            return []
+        return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options).to_list()
+    except Exception as error:  # the readers of three formats share no narrower class
+        raise UserError(f"cannot read {path}: {first_line(error.__cause__ or error)}") from error
+
+
+def _part(name):
+    name = name.lower()
+    return "test" if "test" in name else "validation" if "val" in name or "dev" in name else "train"
+
+
+def _prompt_key(row):
+    return row["prompt"].strip().lower()
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_text(row, where):
+    """(prompt, response or None) of a row. Raises UserError, naming the place `where`, if they are not text."""
+    prompt, response = (row.get("prompt"), row.get("response")) if isinstance(row, dict) else (None, None)
+    if not isinstance(prompt, str) or not isinstance(response, str | None):
+        raise UserError(f"{where}: a row needs a `prompt` that is text, and a `response` that is text or absent")
+    return prompt, response
+
+
+def check_labels(row, where):
+    """A row as {"prompt", "response" or None, "category" or None, "is_safe"}. Raises UserError as check_text does."""
+    prompt, response = check_text(row, where)
+    category, is_safe = row.get("category") or None, row.get("is_safe")
+    if isinstance(category, str):  # CSV has no nested columns
+        try:
+            category = json.loads(category)
+        except json.JSONDecodeError:
+            category = [category]
+    if not isinstance(category, dict | None) or any(value not in (True, False) for value in (category or {}).values()):
+        raise UserError(f"{where}: `category` must be an object of name: true or false")
+    if is_safe in (None, "") and category:
+        is_safe = not any(category.values())
+    if is_safe not in (True, False):
+        raise UserError(f"{where}: a row needs `is_safe`, true or false, or a `category` that it follows from")
+    return {"prompt": prompt, "response": response, "category": category, "is_safe": bool(is_safe)}
+
+
+def labels(rows, names):
+    """What the guard's outputs should be, (rows, 1 + K) fp32: unsafe, then the K categories; NaN where unknown."""
+    unknown = dict.fromkeys(names, math.nan)
+    values = [[not row["is_safe"], *((row["category"] or unknown)[name] for name in names)] for row in rows]
+    return torch.tensor(values, dtype=torch.float32).view(len(rows), 1 + len(names))
+
+
+def encode(tokenizer, prompt, response=None):
+    """Token ids of a conversation in the model's own chat template, up to where the answer begins or has got to.
+
+    The answer is left open (no end-of-turn token behind it), so that a finished answer and one still being written are
+    judged in the same form. Control literals in the texts ("<|im_end|>") are encoded as the plain text that they are.
+    Raises UserError where the template cannot show the texts whole.
+    """
+    messages = [{"role": "user", "content": prompt}]
+    if has_response := bool(response and response.strip()):
+        messages.append({"role": "assistant", "content": response})
+    options = {"add_generation_prompt": not has_response, "continue_final_message": has_response}
+    try:
+        return tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False, **options)
+    except Exception as error:  # a template is a program of the model's author, which raises what it likes
+        raise UserError(f"the chat template cannot write this conversation: {first_line(error)}") from error
+
+
+def epoch_batches(lengths, batch_size, batches_per_update, generator):
+    """One epoch of row numbers: lists of `batch_size`, shuffled; each run of `batches_per_update` lists is one update.
+
+    Rows of similar length share an update, so little is padding. Every update is full, topped up with rows of the same
+    epoch, so its gradient is the mean over its rows however it is cut into batches and processes.
+    """
+    update, rows = batch_size * batches_per_update, len(lengths)
+    order = torch.randperm(rows, generator=generator).repeat(update // rows + 2)[: math.ceil(rows / update) * update]
+    # Noise on the length, or the same rows would meet in every epoch.
+    key = torch.tensor(lengths)[order] * (1 + 0.2 * torch.rand(len(order), generator=generator))
+    updates = order[key.argsort(stable=True)].view(-1, update)
+    return updates[torch.randperm(len(updates), generator=generator)].view(-1, batch_size).tolist()

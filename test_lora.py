@@ -1,0 +1,167 @@
+"""The LoRA maths. Each test names the mutation of lora.py that it kills."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from conftest import make_model
+from lora import Gate, LoRALinear, UserError, inject_lora, trainable
+
+IN, OUT, R, ALPHA = 6, 5, 3, 7.0
+
+
+class Quantised(nn.Module):
+    """A linear layer in a format of its own: what LoRA may rely on is the two sizes and the forward."""
+
+    in_features, out_features = IN, OUT
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("levels", torch.randint(-8, 8, (OUT, IN), dtype=torch.int8))
+
+    def forward(self, x):
+        return F.linear(x, self.levels.to(x.dtype) / 8)
+
+
+BASES = {"Linear": lambda: nn.Linear(IN, OUT), "Conv1D": lambda: Conv1D(OUT, IN), "quantised": Quantised}
+x = torch.randn(4, 2, IN, generator=torch.Generator().manual_seed(0))
+
+
+def make_layer(kind="Linear", trained=True, dropout=0.0):
+    torch.manual_seed(0)
+    layer = LoRALinear(BASES[kind](), (IN, OUT), R, ALPHA, dropout, Gate())
+    if trained:
+        nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def dense_weight(base):
+    """W, whatever the format: the columns of a linear map are what it makes of the unit vectors."""
+    zero = torch.zeros(IN)
+    return torch.stack([base(unit) - base(zero) for unit in torch.eye(IN)], dim=1).detach()  # (OUT, IN)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_untrained_layer_is_its_base_with_the_gate_open_and_shut(kind):
+    """Kills: B not zero at the start."""
+    layer = make_layer(kind, trained=False)
+    assert torch.equal(layer(x), layer.base(x))
+    with layer.gate.opened():
+        assert torch.equal(layer(x), layer.base(x))
+    assert layer.lora_A.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_open_gate_adds_the_scaled_product_and_shut_gate_nothing(kind):
+    """Kills: scaling by r / alpha or not at all, A and B swapped, a gate that is not read, a delta without scaling."""
+    layer = make_layer(kind)
+    scaled = ALPHA / R * layer.lora_B @ layer.lora_A
+    with layer.gate.opened():
+        opened = layer(x)
+    assert torch.allclose(
+        opened, F.linear(x, dense_weight(layer.base) + scaled, layer.base(torch.zeros(IN))), atol=1e-5
+    )
+    assert torch.allclose(layer.delta(), scaled)
+    assert (opened - layer.base(x)).abs().max() > 0.1
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_gradients_are_those_of_the_dense_form():
+    """Kills: a detached A, B or x, and any error in the low-rank product's order."""
+    layer = make_layer()
+    target = torch.randn(4, 2, OUT)
+    with layer.gate.opened():
+        F.mse_loss(layer(x), target).backward()
+    a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+    F.mse_loss(F.linear(x, layer.base.weight.detach() + ALPHA / R * b @ a, layer.base.bias.detach()), target).backward()
+    assert torch.allclose(layer.lora_A.grad, a.grad, atol=1e-6)
+    assert torch.allclose(layer.lora_B.grad, b.grad, atol=1e-6)
+    assert a.grad.abs().max() > 1e-3 and b.grad.abs().max() > 1e-3
+
+
+def test_adapters_are_fp32_beside_a_bf16_base():
+    """Kills: adapters in the base's dtype, where Adam's steps vanish, and an output in another dtype."""
+    model = nn.Sequential(nn.Linear(IN, OUT)).to(torch.bfloat16)
+    gate = inject_lora(model, ["all-linear"], R, ALPHA)
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+    with gate.opened():
+        assert model(x.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_dropout_only_in_training_and_only_on_the_update():
+    """Kills: dropout in evaluation, no dropout at all, and dropout on the way into the base."""
+    layer = make_layer(dropout=0.5)
+    with layer.gate.opened():
+        layer.eval()
+        still = layer(x)
+        assert torch.equal(layer(x), still)
+        layer.train()
+        assert not torch.equal(layer(x), still)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_gate_returns_to_its_previous_state():
+    """Kills: a gate that closes when the inner `with` ends, one that stays open after an error, one open at first."""
+    gate = Gate()
+    assert not gate.is_open
+    with gate.opened():
+        with gate.opened():
+            pass
+        assert gate.is_open
+        with pytest.raises(RuntimeError, match="inside"), gate.opened():
+            raise RuntimeError("inside")
+        assert gate.is_open
+    assert not gate.is_open
+    with pytest.raises(RuntimeError, match="outside"), gate.opened():
+        raise RuntimeError("outside")
+    assert not gate.is_open
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["self_attn.o_proj"], ["all-linear"]])
+def test_injection_freezes_the_rest_and_counts_r_times_in_plus_out(targets):
+    """Kills: injecting before freezing, injecting into the language-model head, a target matched as a prefix."""
+    model = make_model()
+    sizes = {name: m.weight.shape for name, m in model.model.named_modules() if isinstance(m, nn.Linear)}
+    ends = ("_proj",) if targets == ["all-linear"] else tuple(targets)
+    wanted = {f"model.{name}": R * sum(shape) for name, shape in sizes.items() if name.endswith(ends)}
+    inject_lora(model, targets, R, ALPHA, within="model")
+    learns = trainable(model)
+    assert {name.rpartition(".lora_")[0] for name in learns} == set(wanted)
+    assert sum(p.numel() for p in learns.values()) == sum(wanted.values())
+
+
+def test_one_gate_opens_every_layer():
+    """Kills: a gate of its own for each layer."""
+    model = make_model("gpt2")
+    gate = inject_lora(model, ["c_attn", "c_proj"], R, ALPHA, within="transformer")
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    assert len(layers) == 2 * 3 and all(layer.gate is gate for layer in layers)
+
+
+@pytest.mark.parametrize("targets", [["qproj"], ["proj"], ["q_proj", "nothing"], ["embed_tokens"], ["lm_head"]])
+def test_a_target_that_matches_no_linear_layer_is_an_error(targets):
+    """Kills: ignoring what is not there, matching by substring, and LoRA around an embedding or the head."""
+    with pytest.raises(UserError, match=f"{targets[-1]}.*q_proj"):
+        inject_lora(make_model(), targets, R, ALPHA, within="model")
+
+
+def test_full_path_equals_peft_with_the_same_tensors():
+    """Kills: any departure from PEFT's formula, in a model of many layers."""
+    peft = pytest.importorskip("peft")
+    ours, theirs = make_model(), make_model()
+    gate = inject_lora(ours, ["q_proj", "v_proj", "down_proj"], R, ALPHA, within="model")
+    config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj", "down_proj"])
+    theirs = peft.get_peft_model(theirs, config)
+    torch.manual_seed(1)
+    tensors = {}
+    for name, parameter in trainable(ours).items():
+        nn.init.normal_(parameter, std=0.1)
+        tensors[f"base_model.model.{name}.weight"] = parameter.detach()
+    result = peft.set_peft_model_state_dict(theirs, tensors)
+    assert not result.unexpected_keys and not [key for key in result.missing_keys if "lora" in key]
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad(), gate.opened():
+        assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-5)
+        assert not torch.allclose(ours(ids).logits, make_model()(ids).logits, atol=1e-2)

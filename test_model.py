@@ -1,0 +1,325 @@
+"""The two paths, the cache, and the adapter file. Each test names the mutation that it kills."""
+
+import copy
+import json
+from itertools import pairwise
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import DynamicCache
+
+import model as model_module
+from conftest import CONTEXT, make_guard, make_model, make_tokenizer
+from data import encode
+from lora import LoRALinear, UserError
+from model import GUARD, GuardedChat, load_guard, write_whole
+
+KINDS = ["llama", "mistral", "gpt2"]
+PATHS = ["activated", "full"]
+TEXTS = ["how is the bread?", "hi", "the answer is harmful, and the user is safe " * 2, "or"]
+
+
+def conversations(guard, texts=TEXTS):
+    return [encode(guard.tokenizer, text, "safe") for text in texts]
+
+
+def all_tensors(cache):
+    return [tensor.clone() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def read(guard, ids):
+    with torch.no_grad():
+        return guard.chat_model.base_model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_chat_logits_are_bitwise_those_of_an_untouched_model(kind, path):
+    """Kills: a gate left open after a verdict, an update that is added when shut, a base that is changed."""
+    guard, plain = make_guard(kind, guard_path=path), make_model(kind)
+    ids = torch.tensor([conversations(guard)[2][:40]])
+    with torch.no_grad():
+        wanted = plain(ids).logits
+        assert torch.equal(guard.chat_model(ids).logits, wanted)
+        guard.score(conversations(guard))
+        assert torch.equal(guard.chat_model(ids).logits, wanted)
+        with guard.gate.opened():
+            assert not torch.equal(guard.chat_model(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_verdict_between_two_decode_steps_changes_neither_them_nor_the_cache(kind):
+    """Kills: judging on the cache itself, cropping it afterwards (wrong once a window has slid), a gate left open."""
+    guard, plain = make_guard(kind), make_model(kind)
+    ids = conversations(guard)[2][:30]  # longer than the sliding window
+    ours, theirs = read(guard, ids), DynamicCache(config=plain.config)
+    with torch.no_grad():
+        plain(torch.tensor([ids]), past_key_values=theirs)
+        for token in (7, 8, 9):
+            before, length = all_tensors(ours), ours.get_seq_length()
+            guard.judge(ours)
+            assert ours.get_seq_length() == length
+            assert all(map(torch.equal, all_tensors(ours), before))
+            step = guard.chat_model(torch.tensor([[token]]), past_key_values=ours).logits
+            assert torch.equal(step, plain(torch.tensor([[token]]), past_key_values=theirs).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activated_verdict_equals_one_computed_without_a_cache(kind, monkeypatch):
+    """Kills: an open gate over the conversation, wrong positions for the guard prompt, a head on the wrong token."""
+    guard = make_guard(kind)
+    ids = conversations(guard)[2][:30]
+    question = guard.guard_prompt_ids[0].tolist()
+    mask = torch.tensor([0.0] * len(ids) + [1.0] * len(question))[None, :, None]
+    scores = guard.score([ids])
+
+    def masked(layer, x):
+        return layer.base(x) + mask * (x @ layer.delta().T)
+
+    monkeypatch.setattr(LoRALinear, "forward", masked)
+    with torch.no_grad():
+        hidden = guard.chat_model.base_model(torch.tensor([ids + question]), use_cache=False).last_hidden_state
+        assert torch.allclose(guard.head(hidden[:, -1]), scores, atol=1e-5)
+
+
+def test_activated_path_equals_pefts_activated_lora():
+    """Kills: any departure from what others call activated LoRA: the update acts on the invocation tokens alone."""
+    peft = pytest.importorskip("peft")
+    guard = make_guard(lora_targets=["q_proj", "v_proj"])
+    question = guard.guard_prompt_ids[0].tolist()
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], alora_invocation_tokens=question
+    )
+    theirs = peft.get_peft_model(make_model(), config).eval()
+    result = peft.set_peft_model_state_dict(theirs, {k: v for k, v in guard.adapter().items() if "lora_" in k})
+    assert not result.unexpected_keys
+    ids = conversations(guard)[0]
+    with torch.no_grad():
+        output = theirs(torch.tensor([ids + question]), output_hidden_states=True)
+        assert torch.allclose(guard.head(output.hidden_states[-1][:, -1]), guard.score([ids]), atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_score_depends_on_neither_padding_nor_neighbours_nor_order(kind, path):
+    """Kills: pooling at the last column, padding on the other side, a mask left out where rows are padded, an
+    unsorted result. The pad id is the end-of-text id, which the text also holds."""
+    guard = make_guard(kind, guard_path=path)
+    rows = [*conversations(guard), [5, guard.tokenizer.pad_token_id, 6, 7, guard.tokenizer.pad_token_id]]
+    alone = torch.cat([guard.score([row]) for row in rows])
+    assert torch.allclose(guard.score(rows), alone, atol=1e-5)
+    assert torch.allclose(guard.score(rows[::-1], batch_size=2), alone.flip(0), atol=1e-5)
+    assert (alone[0] - alone[-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_step_changes_adapters_and_head_and_nothing_else(path):
+    """Kills: a base that is not frozen, an adapter or head without gradient, a gate that stays shut in training."""
+    guard = make_guard(guard_path=path, trained=False)
+    before = {name: parameter.detach().clone() for name, parameter in guard.named_parameters()}
+    optimizer = torch.optim.SGD(guard.parameters(), lr=0.1)
+    for _ in range(2):  # B is zero at first, so A moves in the second step only
+        guard.train()(conversations(guard)).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name for name, parameter in guard.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if "lora_" in name or name.startswith("head.")}
+
+
+def test_the_frozen_model_does_not_drop_out_in_training():
+    """Kills: training mode for the base, whose dropout (GPT-2 has some) would train the guard on another model."""
+    guard = make_guard("gpt2").train()
+    assert torch.equal(guard(conversations(guard)), guard(conversations(guard)))
+
+
+def test_heads():
+    """Kills: a stand-in for unsafe that is not the largest category, an output too many, a bias that was declined."""
+    guard = make_guard(unsafe_head=False, clf_head_bias=False)
+    scores = guard.score(conversations(guard))
+    assert scores.shape == (4, 3) and torch.equal(scores[:, 0], scores[:, 1:].amax(1))
+    assert {name for name in guard.adapter() if "head" in name} == {"guard_head.weight"}
+    assert guard.adapter()["guard_head.weight"].shape == (2, 32)
+    assert make_guard().adapter()["guard_head.weight"].shape == (3, 32)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_long_text_is_seen_whole_and_its_worst_window_counts(path, monkeypatch):
+    """Kills: cutting at the context, windows without overlap, the last or the mean window instead of the worst."""
+    guard, seen = make_guard(guard_path=path), []
+    monkeypatch.setattr(
+        guard, "forward", lambda ids: seen.extend(ids) or torch.tensor([[max(i) * 1.0] * 3 for i in ids])
+    )
+    text = list(range(3, 303)) * 3
+    assert guard.score([text, [5, 4]])[:, 0].tolist() == [302, 5]
+    windows = sorted((window for window in seen if len(window) > 2), key=lambda w: text.index(w[0]))
+    assert max(map(len, windows)) == guard.max_tokens <= CONTEXT
+    pairs = {pair for window in windows for pair in pairwise(window)}
+    assert pairs == set(pairwise(text))
+
+
+def test_a_cache_that_cannot_be_lent_is_refused():
+    """Kills: judging on a static cache, which is written in place."""
+    from transformers import StaticCache
+
+    guard = make_guard()
+    cache = StaticCache(config=guard.chat_model.config, max_cache_len=64)
+    with torch.no_grad():
+        guard.chat_model(torch.tensor([[4, 5, 6]]), past_key_values=cache)
+    with pytest.raises(UserError, match="StaticLayer"):
+        guard.judge(cache)
+
+
+# The adapter file.
+
+
+@pytest.fixture
+def saved(tmp_path, model_folder, monkeypatch):
+    """(guard, config path, adapter path) of a guard whose base model is a local folder."""
+    guard = make_guard()
+    config = {"base_model": model_folder, "dtype": "float32", "threshold": 0.5, **guard.settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    guard.save_adapter(tmp_path / "adapter.safetensors")
+    return guard, tmp_path / "config.json", tmp_path / "adapter.safetensors"
+
+
+def rewrite(path, change):
+    """Save the adapter's tensors again after `change` has had its way with them; the header stays."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
+def test_save_and_load_give_equal_scores_and_equal_bytes(saved, tmp_path):
+    """Kills: a tensor that is not saved or not loaded, one saved in less precision, metadata in no fixed order."""
+    guard, config, adapter = saved
+    loaded, read_config = load_guard(config, adapter)
+    assert torch.equal(loaded.score(conversations(loaded)), guard.score(conversations(guard)))
+    assert read_config["threshold"] == 0.5
+    loaded.save_adapter(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == adapter.read_bytes()
+
+
+def test_only_adapters_and_head_are_saved_under_pefts_names(saved):
+    """Kills: saving the base, and names that other tools cannot read."""
+    tensors = safetensors.torch.load_file(saved[2])
+    layers = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"]
+    layers += [f"model.layers.{i}.mlp.{p}_proj" for i in range(2) for p in ("gate", "up", "down")]
+    wanted = {f"base_model.model.{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
+    assert set(tensors) == wanted | {"guard_head.weight", "guard_head.bias"}
+
+
+Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+DAMAGE = {
+    "missing": (lambda tensors: tensors.pop(Q), Q),
+    "extra": (lambda tensors: tensors.update({"other.weight": torch.ones(2)}), "other.weight"),
+    "misshapen": (lambda tensors: tensors.update({Q: torch.ones(4, 31)}), Q),
+    "transposed": (lambda tensors: tensors.update({Q: tensors[Q].T.contiguous()}), Q),
+    "foreign": (lambda tensors: tensors.update({"transformer.h.0.lora_A.weight": tensors.pop(Q)}), "transformer.h.0"),
+    "not finite": (lambda tensors: tensors[Q][0].fill_(float("nan")), Q),
+    "not numbers": (lambda tensors: tensors.update({Q: tensors[Q].int()}), Q),
+}
+
+
+@pytest.mark.parametrize("change, named", DAMAGE.values(), ids=DAMAGE)
+def test_an_adapter_that_does_not_fit_is_refused_by_name_and_changes_nothing(saved, change, named):
+    """Kills: loading what fits and skipping the rest, checking one way only, checking after copying."""
+    _, _, adapter = saved
+    rewrite(adapter, change)
+    guard = make_guard(trained=False)
+    before = copy.deepcopy({name: parameter.detach() for name, parameter in guard.adapter().items()})
+    with pytest.raises(UserError, match=named):
+        guard.load_adapter(adapter)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in guard.adapter().items())
+
+
+@pytest.mark.parametrize(
+    "field, value", [("lora_alpha", 8.0), ("guard_prompt", "Bad?"), ("categories", ["hate", "theft"])]
+)
+def test_an_adapter_with_other_settings_is_refused_by_field(saved, field, value):
+    """Kills: trusting the shapes, which are the same here."""
+    with pytest.raises(UserError, match=field):
+        make_guard(**{field: value}).load_adapter(saved[2])
+
+
+def test_another_base_of_the_same_shapes_is_refused(saved):
+    """Kills: a fingerprint that is not compared, or that leaves out the tokenizer or the config."""
+    other = make_tokenizer()
+    other.chat_template = other.chat_template.replace("assistant", "model")
+    settings = {name: saved[0].settings[name] for name in ("categories", "lora_r", "guard_prompt")}
+    with pytest.raises(UserError, match="base_fingerprint"):
+        GuardedChat(make_model(), other, **settings).load_adapter(saved[2])
+    model = make_model()
+    model.config.max_position_embeddings *= 2
+    with pytest.raises(UserError, match="base_fingerprint"):
+        GuardedChat(model, make_tokenizer(), **settings).load_adapter(saved[2])
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 200, -1])
+def test_a_truncated_or_random_adapter_is_refused(saved, length):
+    """Kills: an error of another class for a damaged file, which would end in a traceback."""
+    guard, _, adapter = saved
+    content = adapter.read_bytes()
+    for bad in (content[:length], b"\xff" * 100, b"\x00" * 100):
+        adapter.write_bytes(bad)
+        with pytest.raises(UserError, match="cannot read the adapter"):
+            guard.load_adapter(adapter)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"base_model": 3}', "\x00\x01"])
+def test_a_damaged_config_is_refused(saved, text):
+    """Kills: a KeyError or JSON error that reaches the user."""
+    _, config, adapter = saved
+    config.write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_guard(config, adapter)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("lora_r", "4"), ("threshold", None), ("guard_path", "half"), ("categories", "x")]
+)
+def test_a_config_with_a_wrong_value_is_refused_by_field(saved, field, value):
+    """Kills: settings that are used before they are checked."""
+    _, config, adapter = saved
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=field.replace("_", ".")):
+        load_guard(config, adapter)
+
+
+def test_settings_that_make_no_sense_are_refused():
+    """Kills: a check left out; a misspelt setting taken for the default."""
+    for wrong in ({"lora_r": 0}, {"lora_alpha": -1.0}, {"lora_dropout": 1.0}, {"guard_prompt": ""}):
+        with pytest.raises(UserError):
+            make_guard(**wrong)
+    with pytest.raises(UserError, match="categories"):
+        make_guard(categories=[], unsafe_head=False)
+    with pytest.raises(TypeError, match="lora_rank"):
+        make_guard(lora_rank=8)
+    assert GUARD["categories"] == []
+
+
+def test_models_that_cannot_be_had_are_refused_in_one_line(tmp_path, model_folder):
+    """Kills: a traceback for a model that does not exist, is damaged, or has no chat template."""
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF, or not")
+    (tmp_path / "empty").mkdir()
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    make_model().save_pretrained(tmp_path / "untaught")
+    tokenizer.save_pretrained(tmp_path / "untaught")
+    names = ["no/such-model", str(tmp_path / "nowhere"), str(tmp_path / "broken.gguf"), str(tmp_path / "empty")]
+    for name in [*names, str(tmp_path / "untaught")]:
+        with pytest.raises(UserError) as error:
+            model_module.load_chat_model(name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    assert "chat template" in str(error.value)
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Kills: writing in place, and leaving the old file half overwritten."""
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+    monkeypatch.setattr(model_module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, b"new content")
+    assert path.read_bytes() == b"old"

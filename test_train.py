@@ -1,0 +1,226 @@
+"""The loop, run on a tiny model. Each test names the mutation that it kills."""
+
+import csv
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from accelerate.state import AcceleratorState
+
+import train
+from lora import UserError
+from test_data import make_rows, write
+from train import guard_loss, learning_rate
+
+SCRIPT = Path(train.__file__)
+FILES = ("adapter.safetensors", "config.json", "metrics.csv", "train_losses.csv")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Rows of unequal length whose labels can be learnt: what is unsafe says so."""
+    rows = make_rows(80)
+    for number, row in enumerate(rows):
+        row["response"] = ("safe " if row["is_safe"] else "harmful ") * (1 + number % 7)
+    return write(tmp_path / "rows.jsonl", rows)
+
+
+def run(monkeypatch, *arguments):
+    """train.main() as `python train.py arguments` would call it, in this process."""
+    AcceleratorState._reset_state(True)  # another number of accumulation steps would be ignored
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    train.main()
+
+
+def tensors(output):
+    return safetensors.torch.load_file(Path(output) / "adapter.safetensors")
+
+
+def table(output, name):
+    with open(Path(output) / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def close(one, other, tolerance):
+    return one.keys() == other.keys() and all((one[k] - other[k]).abs().max() < tolerance for k in one)
+
+
+@pytest.mark.parametrize("path", ["activated", "full"])
+def test_a_run_learns_and_leaves_the_files_of_the_contract(path, model_folder, rows, tmp_path, monkeypatch, capsys):
+    """Kills: a loss with the wrong sign, a file left out, the last epoch in place of the best, an untrained head."""
+    output = tmp_path / "run"
+    options = ["--guard-path", path, "--epochs=4", "--learning-rate=0.02"]
+    run(monkeypatch, model_folder, output, "--dataset", rows, *options)
+    config, metrics = json.loads((output / "config.json").read_text()), table(output, "metrics.csv")
+    losses, counts = table(output, "train_losses.csv"), json.loads((output / "parameter_counts.json").read_text())
+    assert float(losses[-1]["loss"]) < 0.6 * float(losses[0]["loss"])
+    assert float(metrics[-1]["validation/unsafe/auprc"]) > 0.95
+    assert len(metrics) == 4 and len(losses) == 4 * 5  # 66 training rows in batches of 16
+    measures = ("accuracy", "precision", "recall", "f1", "fpr", "auprc")
+    columns = itertools.product(train.PARTS, ("unsafe", "theft", "hate"), measures)
+    assert set(metrics[0]) == set(map("/".join, columns)) | {"epoch", "threshold"}
+    best = max(metrics, key=lambda row: float(row["validation/unsafe/auprc"]))
+    kept = output / f"checkpoints/epoch_{best['epoch']}.safetensors"
+    assert (output / "adapter.safetensors").read_bytes() == kept.read_bytes()
+    assert config["threshold"] == float(best["threshold"])
+    assert config["base_model"] == model_folder and config["categories"] == ["theft", "hate"]
+    assert config["guard_path"] == path and config["arguments"]["epochs"] == 4
+    assert counts["trained"] == sum(tensor.numel() for tensor in tensors(output).values())
+    assert counts["guard_head"] == 3 * 32 + 3
+    assert "epoch 4: train AUPRC" in capsys.readouterr().out
+
+
+COMMON = ["--epochs=2", "--learning-rate=0.005", "--lora-r=4"]
+
+
+def test_accumulating_four_batches_equals_one_of_four_times_the_size(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: a loss that is not divided by the steps, or divided twice; a mean over tokens or known labels of a batch;
+    a schedule that steps with every batch. The rows are of unequal length, so the batches are padded differently."""
+    options = [model_folder, "--dataset", rows, *COMMON]
+    run(monkeypatch, options[0], tmp_path / "one", *options[1:], "--per-device-batch-size=16")
+    run(
+        monkeypatch,
+        options[0],
+        tmp_path / "four",
+        *options[1:],
+        "--per-device-batch-size=4",
+        "--gradient-accumulation-steps=4",
+    )
+    # Adam divides by the gradient's size, so where that is almost zero it enlarges what is rounding: not bit for bit.
+    assert close(tensors(tmp_path / "one"), tensors(tmp_path / "four"), 2e-4)
+    ours, theirs = (table(tmp_path / name, "train_losses.csv") for name in ("one", "four"))
+    assert len(ours) == len(theirs)
+    assert all(float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-4) for a, b in zip(ours, theirs, strict=True))
+
+
+def launch(processes, *arguments):
+    """The launch command of the README, on the CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi-gpu", f"--num-processes={processes}"]
+    command += ["--mixed-precision=no", "--main_process_port=0", SCRIPT, *map(str, arguments)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_train_and_score_as_one_does(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: gradients that are not averaged, processes on the same batches, rows scored twice or by nobody."""
+    result = launch(2, model_folder, tmp_path / "two", "--dataset", rows, *COMMON, "--per-device-batch-size=8")
+    assert result.returncode == 0, result.stderr[-2000:]
+    run(monkeypatch, model_folder, tmp_path / "one", "--dataset", rows, *COMMON, "--per-device-batch-size=16")
+    assert close(tensors(tmp_path / "one"), tensors(tmp_path / "two"), 2e-4)
+    for ours, theirs in zip(*(table(tmp_path / name, "metrics.csv") for name in ("one", "two")), strict=True):
+        assert {k: float(v) for k, v in ours.items()} == pytest.approx(
+            {k: float(v) for k, v in theirs.items()}, abs=1e-4, nan_ok=True
+        )
+
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_others(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: an unseeded initialisation, order or dropout; a time or a path in what is saved."""
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(
+            monkeypatch,
+            model_folder,
+            tmp_path / name,
+            "--dataset",
+            rows,
+            *COMMON,
+            f"--seed={seed}",
+            "--lora-dropout=0.1",
+        )
+    for file in (*FILES, "checkpoints/epoch_2.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert (tmp_path / "a/adapter.safetensors").read_bytes() != (tmp_path / "c/adapter.safetensors").read_bytes()
+
+
+def test_a_killed_run_resumes_and_ends_as_if_undisturbed(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: a state without the optimizer's moments, a schedule or order that starts anew, lost or doubled rows."""
+    arguments = ["--dataset", rows, "--epochs=3", "--lora-dropout=0.1", "--learning-rate=0.005"]
+    run(monkeypatch, model_folder, tmp_path / "whole", *arguments)
+    calls = []
+
+    def dies_in_the_second_epoch(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    score = train.epoch_metrics
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "epoch_metrics", dies_in_the_second_epoch)
+        run(patch, model_folder, tmp_path / "killed", *arguments)
+    run(monkeypatch, model_folder, tmp_path / "killed", *arguments, "--resume")
+    for file in (*FILES, "checkpoints/epoch_3.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), file
+    with pytest.raises(UserError, match="lora_dropout"):
+        run(monkeypatch, model_folder, tmp_path / "killed", *arguments[:3], "--learning-rate=0.005", "--resume")
+
+
+def test_loss_by_hand():
+    """Kills: a wrong share of the two terms, a weight on the negatives, a mean over known labels only."""
+    logits, weight = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.0, 0.0]]), torch.tensor([2.0, 3.0, 4.0])
+    target = torch.tensor([[1.0, 0.0, 1.0], [0.0, torch.nan, torch.nan]])
+
+    def softplus(value):
+        return torch.nn.functional.softplus(torch.tensor(value)).item()
+
+    unsafe = (2 * softplus(0.0) + softplus(2.0)) / 2
+    categories = (softplus(1.0) + 4 * softplus(1.0)) / 4
+    assert guard_loss(logits, target, weight, True).item() == pytest.approx((unsafe + categories) / 2)
+    assert guard_loss(logits, target, weight, False).item() == pytest.approx(categories)
+    assert guard_loss(logits[:, :1], target[:, :1], weight[:1], True).item() == pytest.approx(unsafe / 2)
+
+
+def test_a_category_without_positives_and_rows_without_categories_train(model_folder, tmp_path, monkeypatch):
+    """Kills: an infinite weight, a NaN label in the loss or its gradient."""
+    rows = [row | {"category": row["category"] | {"hate": False}} for row in make_rows(80)]
+    for row in rows[::5]:
+        del row["category"]
+    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", write(tmp_path / "rows.jsonl", rows), "--epochs=1")
+    assert all(float(row["loss"]) < 10 for row in table(tmp_path / "run", "train_losses.csv"))
+    assert all(tensor.isfinite().all() for tensor in tensors(tmp_path / "run").values())
+
+
+def test_learning_rate_rises_and_falls():
+    """Kills: no warm-up, no decay, a peak that is not reached."""
+    rates = [learning_rate(update, 100, 2.0) for update in range(100)]
+    assert rates[0] < 0.5 and 1.8 < max(rates) <= 2 and rates[-1] < 0.05
+    assert rates.index(max(rates)) in range(3, 8)
+
+
+BAD_ARGUMENTS = {
+    "no epochs": ["--epochs=0"],
+    "no rows in a batch": ["--per-device-batch-size=0"],
+    "no learning rate": ["--learning-rate=nan"],
+    "no rank": ["--lora-r=0"],
+    "a target that is not there": ["--lora-targets=q_proj,query"],
+    "no data": ["--dataset=none.jsonl"],
+    "nothing to resume": ["--resume"],
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments_are_refused_before_anything_is_written(arguments, model_folder, rows, tmp_path, monkeypatch):
+    """Kills: a check left out, and a folder left behind that looks like a run."""
+    with pytest.raises(UserError):
+        run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: overwriting a finished run."""
+    (tmp_path / "config.json").write_text("another run's")
+    with pytest.raises(UserError, match="another run"):
+        run(monkeypatch, model_folder, tmp_path, "--dataset", rows)
+    assert (tmp_path / "config.json").read_text() == "another run's"
+
+
+def test_a_mistake_is_one_line_and_exit_status_2(model_folder, tmp_path):
+    """Kills: a traceback for a user's mistake, and exit status 1, which means a crash."""
+    command = [sys.executable, SCRIPT, model_folder, tmp_path / "run", "--dataset", "none.jsonl"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.startswith("train.py: ") and result.stderr.count("\n") == 1

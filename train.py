@@ -1,0 +1,247 @@
+"""Train a guard: the chat model stays frozen, the LoRA layers and the guard head learn from labelled rows.
+
+    loss = 1/2 BCE(z_0, unsafe; w_0) + 1/(2K) sum_k BCE(z_k, y_k; w_k),    w = negatives / positives among the rows
+
+One plain loop with accelerate, from top to bottom; `accelerate launch train.py ...` runs the same loop on many devices.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from data import BEAVERTAILS, PARTS, encode, epoch_batches, labels, load_splits
+from evaluate import best_threshold, metrics
+from lora import UserError, trainable
+from model import EMBEDDED, GUARD, GuardedChat, load_chat_model, write_whole
+
+
+def parse_arguments():
+    usage = "%(prog)s [hf_model_id] [output_dir] [options]"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=usage)
+    add = parser.add_argument
+    add("hf_model_id", nargs="?", default=EMBEDDED, help="hub id, folder or .gguf file; default: SmolLM2-135M-Instruct")
+    add("output_dir", nargs="?", help="default: the next free runs/N")
+    add(
+        "--dataset", nargs="+", help=f"hub id, or files; default {BEAVERTAILS}, or sample.jsonl where no model is named"
+    )
+    add("--guard-path", choices=("activated", "full"), help="full is the paper's")
+    add("--lora-targets", type=lambda names: names.split(","), help="all-linear, or names: q_proj,v_proj (the paper's)")
+    add("--lora-r", type=int)
+    add("--lora-alpha", type=float)
+    add("--lora-dropout", type=float)
+    add("--no-unsafe-head", dest="unsafe_head", action="store_false", help="the largest category logit stands for it")
+    add("--no-clf-head-bias", dest="clf_head_bias", action="store_false")
+    parser.set_defaults(**{name: value for name, value in GUARD.items() if name != "categories"})
+    add("--epochs", type=int, default=3)
+    add("--per-device-batch-size", type=int, default=16)
+    add("--gradient-accumulation-steps", type=int, default=1)
+    add("--eval-batch-size", type=int, default=32)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--seed", type=int, default=0)
+    add("--resume", action="store_true", help="go on with the run in output_dir after its last whole epoch")
+    add("--report-to", help="one of accelerate's trackers: tensorboard, wandb, ...")
+    args = parser.parse_args()
+    for name in ("epochs", "per_device_batch_size", "gradient_accumulation_steps", "eval_batch_size", "learning_rate"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+    if args.resume and not args.output_dir:
+        raise UserError("--resume needs the run to go on with: train.py MODEL OUTPUT_DIR --resume")
+    if args.dataset is None:
+        args.dataset = [str(Path(__file__).parent / "sample.jsonl") if args.hf_model_id == EMBEDDED else BEAVERTAILS]
+    return args
+
+
+def guard_loss(logits, labels, pos_weight, unsafe_head):
+    """The loss above, averaged over a batch. logits, labels (NaN where unknown): (B, 1 + K); pos_weight: (1 + K,)."""
+    bce = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), pos_weight=pos_weight, reduction="none")
+    bce = bce.masked_fill(labels.isnan(), 0)  # (B, 1 + K)
+    categories = bce[:, 1:].sum() / max(bce[:, 1:].numel(), 1)
+    return (bce[:, 0].mean() + categories) / 2 if unsafe_head else categories
+
+
+def main():
+    args = parse_arguments()
+    output = Path(args.output_dir or next(f"runs/{n}" for n in range(1, 10**6) if not Path(f"runs/{n}").exists()))
+    steps = args.gradient_accumulation_steps
+    accelerator = Accelerator(gradient_accumulation_steps=steps, log_with=args.report_to, project_dir=output)
+    set_seed(args.seed)
+
+    splits, categories = load_splits(args.dataset)
+    chat_model, tokenizer = load_chat_model(args.hf_model_id)
+    settings = {name: value for name, value in vars(args).items() if name in GUARD}
+    guard = GuardedChat(chat_model, tokenizer, categories=categories, **settings)
+    config = {"base_model": args.hf_model_id, "dtype": str(chat_model.dtype).removeprefix("torch."), **guard.settings}
+    config |= {
+        "threshold": 0.5,
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("output_dir", "resume")},
+    }
+    state = open_output(output, config, args.resume)
+    accelerator.wait_for_everyone()  # or a slower process would find the files of this run in its way
+
+    # Every text is tokenised once; what does not fit the context is left out here, and judged in windows in use.
+    texts = {part: [encode(tokenizer, row["prompt"], row["response"]) for row in splits[part]] for part in PARTS}
+    targets = {part: labels(splits[part], categories) for part in PARTS}  # (rows, 1 + K)
+    fits = torch.tensor([len(ids) <= guard.max_tokens for ids in texts["train"]])
+    if not fits.all():
+        accelerator.print(f"left out {(~fits).sum()} training rows of more than {guard.max_tokens} tokens")
+        texts["train"] = [ids for ids in texts["train"] if len(ids) <= guard.max_tokens]
+        targets["train"] = targets["train"][fits]
+    lengths = [len(ids) for ids in texts["train"]]
+    positives, known = targets["train"].nansum(0), (~targets["train"].isnan()).sum(0)
+    # Without positives the weight would be infinite; as no term then carries it, any finite one serves.
+    pos_weight = ((known - positives) / positives.clamp(min=1)).to(accelerator.device)
+
+    parameters = list(trainable(guard).values())
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
+    if args.resume:
+        guard.load_adapter(output / f"checkpoints/epoch_{state['epoch']}.safetensors")
+        optimizer.load_state_dict(state["optimizer"])
+    model, optimizer = accelerator.prepare(guard, optimizer)
+    if accelerator.is_main_process:
+        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(output / "config.json", config)
+        write_json(output / "parameter_counts.json", parameter_counts(guard))
+    if args.report_to:
+        accelerator.init_trackers("lora-guard", config=config)
+
+    batches_per_update = accelerator.num_processes * steps
+    updates = -(-len(lengths) // (args.per_device_batch_size * batches_per_update))  # in an epoch
+    for epoch in range(state["epoch"] + 1, args.epochs + 1):
+        # An epoch's order and dropout follow from the seed and its number alone, so that it can be run again.
+        set_seed(args.seed + epoch, device_specific=True)
+        generator = torch.Generator().manual_seed(args.seed + epoch)
+        batches = epoch_batches(lengths, args.per_device_batch_size, batches_per_update, generator)
+        batches = batches[accelerator.process_index :: accelerator.num_processes]
+        bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=not accelerator.is_main_process)
+        logit_sum, times = torch.zeros_like(targets["train"]), torch.zeros(len(lengths), 1)
+        update, loss_sum, tokens, started = (epoch - 1) * updates, 0.0, 0, time.perf_counter()
+        model.train()
+        for batch in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(update, args.epochs * updates, args.learning_rate)
+            with accelerator.accumulate(model):
+                logits = model([texts["train"][row] for row in batch])  # (B, 1 + K)
+                target = targets["train"][batch].to(accelerator.device)
+                loss = guard_loss(logits, target, pos_weight, guard.unsafe_head)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            logit_sum.index_add_(0, torch.tensor(batch), logits.detach().float().cpu())
+            times.index_add_(0, torch.tensor(batch), torch.ones(len(batch), 1))
+            tokens += sum(lengths[row] for row in batch) * accelerator.num_processes
+            loss_sum += loss.detach() / steps
+            if accelerator.sync_gradients:
+                update, loss, loss_sum = update + 1, accelerator.reduce(loss_sum, "mean").item(), 0.0
+                state["losses"].append({"update": update, "epoch": epoch, "loss": loss})
+                accelerator.log({"loss": loss}, step=update)
+                bar.set_postfix_str(f"loss {loss:.3f}, {tokens / (time.perf_counter() - started):.0f} tokens/s")
+
+        # The train part is scored by the passes that it was learnt in: passes of their own would double the time.
+        logits = {"train": add_up(accelerator, logit_sum) / add_up(accelerator, times)}
+        for part in PARTS[1:]:
+            logits[part] = torch.zeros_like(targets[part])
+            mine = range(accelerator.process_index, len(logits[part]), accelerator.num_processes)
+            logits[part][mine] = guard.score([texts[part][row] for row in mine], args.eval_batch_size)
+            logits[part] = add_up(accelerator, logits[part])
+        row = {"epoch": epoch} | epoch_metrics(logits, targets, categories)
+        state["metrics"].append(row)
+        accelerator.log(row, step=update)
+        if is_best := row["validation/unsafe/auprc"] > state["best"]:
+            state["best"], config["threshold"] = row["validation/unsafe/auprc"], row["threshold"]
+        if accelerator.is_main_process:
+            state |= {"epoch": epoch, "optimizer": optimizer.optimizer.state_dict()}
+            save_epoch(output, guard, state, config, is_best)
+        figures = (f"{p} AUPRC {row[f'{p}/unsafe/auprc']:.3f} F1 {row[f'{p}/unsafe/f1']:.3f}" for p in PARTS)
+        accelerator.print(f"epoch {epoch}: {', '.join(figures)}")
+    accelerator.end_training()
+    accelerator.print(f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}")
+
+
+def learning_rate(update, updates, peak):
+    """Linear warm-up over the first twentieth of the updates, then linear decay to zero."""
+    return peak * min((update + 1) / (updates / 20 + 1), 1) * (1 - update / updates)
+
+
+def add_up(accelerator, tensor):
+    """The sum over processes, each of which has filled in the rows that it scored, on the CPU."""
+    return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+
+
+def epoch_metrics(logits, targets, categories):
+    """A row of metrics.csv, "part/output/metric": unsafe at the best threshold on validation, categories at 0.5."""
+    scores = {part: values.double().sigmoid().numpy() for part, values in logits.items()}
+    threshold = best_threshold(targets["validation"][:, 0].numpy(), scores["validation"][:, 0])
+    row = {"threshold": threshold}
+    for part in PARTS:
+        for k, name in enumerate(["unsafe", *categories]):
+            known = ~targets[part][:, k].isnan().numpy()
+            values = metrics(targets[part][:, k].numpy()[known], scores[part][known, k], 0.5 if k else threshold)
+            row |= {f"{part}/{name}/{metric}": value for metric, value in values.items()}
+    return row
+
+
+def parameter_counts(guard):
+    """How large the guard is, and its share of the chat model that it guards."""
+    sizes = {name: parameter.numel() for name, parameter in guard.adapter().items()}
+    trained, head = sum(sizes.values()), sum(size for name, size in sizes.items() if name.startswith("guard_head."))
+    chat_model = sum(parameter.numel() for parameter in guard.parameters()) - trained
+    counts = {"chat_model": chat_model, "lora": trained - head, "guard_head": head, "trained": trained}
+    return counts | {"trained_share_of_chat_model": trained / chat_model, "adapter_bytes": 4 * trained}
+
+
+def open_output(output, config, resume):
+    """The state of the run that is to go on, or that of a new run. Raises UserError where neither can be had."""
+    if not resume:
+        if (output / "config.json").exists():
+            raise UserError(f"{output} holds another run: name another folder, or go on with that run by --resume")
+        return {"epoch": 0, "best": -1.0, "losses": [], "metrics": []}
+    try:
+        saved = json.loads((output / "config.json").read_text())
+        state = torch.load(output / "checkpoints/state.pt", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{output} holds no whole epoch to go on from: there is no {error.filename}") from None
+    if differing := [name for name, value in config["arguments"].items() if saved["arguments"].get(name) != value]:
+        raise UserError(f"the run in {output} was started with other arguments; what differs: {', '.join(differing)}")
+    config["threshold"] = saved["threshold"]
+    return state
+
+
+def save_epoch(output, guard, state, config, is_best):
+    """Write the files of an epoch; the state that --resume needs comes last, when the others are there."""
+    guard.save_adapter(output / f"checkpoints/epoch_{state['epoch']}.safetensors")
+    if is_best:
+        guard.save_adapter(output / "adapter.safetensors")
+        write_json(output / "config.json", config)
+    for name, rows in (("metrics.csv", state["metrics"]), ("train_losses.csv", state["losses"])):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(output / name, text.getvalue().encode())
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(output / "checkpoints/state.pt", buffer.getvalue())
+
+
+def write_json(path, content):
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
