@@ -14,23 +14,23 @@ from pathlib import Path
 import datasets
 import torch
 
-from lora import UserError
+from lora import UserError, first_line
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-PARTS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
+SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 def load_splits(sources):
     """Read `sources` into ({"train": rows, "validation": rows, "test": rows}, category names in the data's order).
 
-    sources: one hub id, or data files, or folders of them. "test" in a name makes it the test part, "val" or "dev" the
-    validation part, anything else the train part. A part that is not given is cut out of the train part, a tenth of its
-    prompts; training rows whose prompt is in a part that is given are left out, and their number printed.
-    Raises UserError for data that cannot be read or learnt from.
+    sources: one hub id, or data files, or folders of them. A name with "test" in it is the test split, with "val" or
+    "dev" the validation split, any other the training split. A split that is not given is cut out of the training one,
+    a tenth of its prompts. No prompt stays in two splits: test keeps it before validation, validation before training,
+    and the number of rows that this leaves out is printed. Raises UserError for data that cannot be learnt from.
     """
     given, names = {}, None
-    for source, part, rows in _read(sources):
+    for source, split, rows in _read(sources):
         if not rows:
             raise UserError(f"{source} has no rows")
         for number, row in enumerate(rows, 1):
@@ -39,70 +39,80 @@ def load_splits(sources):
                 names = names or list(row["category"])
                 if differing := sorted(set(names) ^ set(row["category"])):
                     raise UserError(f"{source}, row {number}: not in every row's categories: {', '.join(differing)}")
-            given.setdefault(part, []).append(row)
-    if "train" not in given:
-        raise UserError(f"no train part in {', '.join(map(str, sources))}: every name has 'test', 'val' or 'dev' in it")
+            given.setdefault(split, []).append(row)
 
-    held_out = {_prompt_key(row) for part, rows in given.items() if part != "train" for row in rows}
-    train = [row for row in given["train"] if _prompt_key(row) not in held_out]
-    if left_out := len(given["train"]) - len(train):
-        print(f"left out {left_out} training rows whose prompt is in the validation or test part too")
-    splits = {part: given.get(part, []) for part in PARTS} | {"train": []}
-    to_cut = [part for part in PARTS if part not in given]
-    for row in train:
-        # The prompt alone decides: neither the order of the rows nor a seed can move a prompt into another part.
-        tenth = int(hashlib.sha256(_prompt_key(row).encode()).hexdigest(), 16) % 10
-        splits[to_cut[tenth] if tenth < len(to_cut) else "train"].append(row)
-    for part in ("train", "validation"):
-        if len({row["is_safe"] for row in splits[part]}) < 2:
-            raise UserError(f"the {part} part needs safe and unsafe rows; it has {len(splits[part])} rows of one kind")
+    splits, held_out = {split: [] for split in SPLITS}, set()
+    to_cut = [split for split in SPLITS if split not in given]
+    for split in SPLITS[::-1]:
+        rows = [row for row in given.get(split, []) if _prompt_key(row) not in held_out]
+        if left_out := len(given.get(split, [])) - len(rows):
+            print(f"left out {left_out} {split} rows: their prompts are in another split that was given")
+        held_out |= {_prompt_key(row) for row in rows}
+        for row in rows:
+            # The prompt alone decides: neither the order of the rows nor a seed can move a prompt to another split.
+            tenth = int(hashlib.sha256(_prompt_key(row).encode()).hexdigest(), 16) % 10
+            splits[to_cut[tenth] if split == "train" and tenth < len(to_cut) else split].append(row)
+    for split in SPLITS[:2]:
+        if len({row["is_safe"] for row in splits[split]}) < 2:
+            raise UserError(
+                f"the {split} split needs safe and unsafe rows; it has {len(splits[split])} rows of one kind"
+            )
     return splits, names or []
 
 
 def _read(sources):
-    """[(name, part, rows)] of every file or hub split that `sources` name."""
+    """[(name, split, rows)] of every file or hub split that `sources` name."""
     paths = []
     for path in map(Path, sources):
-        paths += sorted(file for file in path.iterdir() if file.suffix in READERS) if path.is_dir() else [path]
-    if files := [path for path in paths if path.suffix in READERS]:
-        if strange := [path for path in paths if path not in files]:
-            raise UserError(f"{strange[0]} is not one of {', '.join(READERS)}")
-        return [(str(path), _part(path.name), _read_file(path)) for path in files]
+        paths += sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    if paths and all(path.suffix in SUFFIXES for path in paths):
+        return [(str(path), _split(path.name), _read_file(path)) for path in paths]
     if len(sources) > 1 or Path(sources[0]).exists():
-        raise UserError(f"{' '.join(map(str, sources))}: expected one hub id, or files: {', '.join(READERS)}")
+        raise UserError(f"{' '.join(map(str, sources))}: expected one hub id, or files: {', '.join(SUFFIXES)}")
     try:
         splits = datasets.load_dataset(sources[0])
     except Exception as error:  # hub, network and format errors share no narrower class
         advice = "without a network give JSONL, CSV or Parquet files: --dataset train.jsonl test.jsonl"
         raise UserError(f"cannot load the data set {sources[0]!r} ({first_line(error)}); {advice}") from error
     # BeaverTails comes in two sizes of the same rows; the paper's, and ours, is the 30k one.
-    return [
-        (f"{sources[0]} {name}", _part(name), rows.to_list()) for name, rows in splits.items() if "330k" not in name
-    ]
+    splits = {name: rows for name, rows in splits.items() if "330k" not in name}
+    return [(f"{sources[0]} {name}", _split(name), rows.to_list()) for name, rows in splits.items()]
 
 
 def _read_file(path):
-    # An empty CSV field stays "": pandas would otherwise take the texts "None" and "null" for missing ones, too.
-    options = {"keep_default_na": False} if path.suffix == ".csv" else {}
+    if path.suffix == ".jsonl":  # not by `datasets`, whose reader guesses types from the first rows and refuses others
+        return [row for _, row in read_jsonl(path)]
+    # All text, for the same reason; and an empty field stays "", without "None" and "null" becoming missing values.
+    columns = dict.fromkeys(("prompt", "response", "category", "is_safe"), str)
+    options = {"converters": columns, "keep_default_na": False} if path.suffix == ".csv" else {}
     try:
-        if path.stat().st_size == 0:
-            return []
-        return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options).to_list()
-    except Exception as error:  # the readers of three formats share no narrower class
+        return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train", **options).to_list()
+    except Exception as error:  # the two readers share no narrower class
         raise UserError(f"cannot read {path}: {first_line(error.__cause__ or error)}") from error
 
 
-def _part(name):
+def read_jsonl(path):
+    """Yield (line number, row) for each line that is not blank. Raises UserError, with the number, for a bad one."""
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, json.loads(line.decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number} is not JSON in UTF-8: {first_line(error)}") from error
+
+
+def _split(name):
     name = name.lower()
+    if "train" in name:
+        return "train"
     return "test" if "test" in name else "validation" if "val" in name or "dev" in name else "train"
 
 
 def _prompt_key(row):
     return row["prompt"].strip().lower()
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_text(row, where):
@@ -124,7 +134,9 @@ def check_labels(row, where):
             category = [category]
     if not isinstance(category, dict | None) or any(value not in (True, False) for value in (category or {}).values()):
         raise UserError(f"{where}: `category` must be an object of name: true or false")
-    if is_safe in (None, "") and category:
+    if isinstance(is_safe, str):
+        is_safe = {"true": True, "false": False, "": None}.get(is_safe.lower(), is_safe)
+    if is_safe is None and category:
         is_safe = not any(category.values())
     if is_safe not in (True, False):
         raise UserError(f"{where}: a row needs `is_safe`, true or false, or a `category` that it follows from")
@@ -145,14 +157,20 @@ def encode(tokenizer, prompt, response=None):
     judged in the same form. Control literals in the texts ("<|im_end|>") are encoded as the plain text that they are.
     Raises UserError where the template cannot show the texts whole.
     """
-    messages = [{"role": "user", "content": prompt}]
-    if has_response := bool(response and response.strip()):
-        messages.append({"role": "assistant", "content": response})
-    options = {"add_generation_prompt": not has_response, "continue_final_message": has_response}
+    if tokenizer.chat_control_tokens is None:
+        # All, for a template can put one together from its parts, out of sight of what looks for it there.
+        tokenizer.chat_control_tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
+    texts = [prompt, response] if response and response.strip() else [prompt]
+    messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
+    options = {"add_generation_prompt": len(texts) == 1, "continue_final_message": len(texts) == 2}
     try:
-        return tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False, **options)
+        shown = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        ids = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False, **options)
     except Exception as error:  # a template is a program of the model's author, which raises what it likes
         raise UserError(f"the chat template cannot write this conversation: {first_line(error)}") from error
+    if not all(text.strip() in shown for text in texts):
+        raise UserError("the chat template leaves out a part of this conversation, which the guard would not see")
+    return ids
 
 
 def epoch_batches(lengths, batch_size, batches_per_update, generator):

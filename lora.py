@@ -7,6 +7,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 """
 
 import math
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +17,20 @@ from torch.nn import functional as F
 
 class UserError(ValueError):
     """A mistake in what the user gave; the commands print it as one line and leave with exit status 2."""
+
+
+def run(main):
+    """Run a command: what the user got wrong becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def first_line(error):
+    """An error of another library, cut to what fits a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class Gate:
@@ -87,6 +102,9 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, within=""):
             layers = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise UserError(f"LoRA target {target!r} matches no linear layer; this model has: {layers}")
         chosen.update(matches)
+    largest = max(max(linear_sizes(linear[name])) for name in chosen)
+    if r > largest:
+        raise UserError(f"a LoRA rank of {r} is no low rank: the largest layer is {largest} wide")
     gate = Gate()
     for name in [name for name in linear if name in chosen]:  # in the model's order, so that a seed fixes every A
         parent, _, child = name.rpartition(".")

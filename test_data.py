@@ -4,6 +4,7 @@ import json
 import math
 from itertools import chain
 
+import datasets
 import pytest
 import torch
 
@@ -35,33 +36,51 @@ def prompts(rows):
     return {row["prompt"] for row in rows}
 
 
-def test_parts_share_no_prompt_and_lose_no_row(tmp_path):
-    """Kills: a split by row, a part that is dropped, a split that follows the order of the rows."""
+def test_splits_share_no_prompt_and_lose_no_row(tmp_path):
+    """Kills: splitting by row, a split that is dropped, one that follows the order of the rows."""
     rows = make_rows(200)
     splits, names = load_splits([write(tmp_path / "rows.jsonl", rows)])
     assert names == NAMES
-    assert sorted(row["response"] for part in splits.values() for row in part) == sorted(r["response"] for r in rows)
+    assert sorted(row["response"] for split in splits.values() for row in split) == sorted(r["response"] for r in rows)
     assert not prompts(splits["train"]) & prompts(splits["validation"])
     assert not (prompts(splits["train"]) | prompts(splits["validation"])) & prompts(splits["test"])
     again, _ = load_splits([write(tmp_path / "reversed.jsonl", rows[::-1])])
-    assert {part: prompts(rows) for part, rows in again.items()} == {p: prompts(rows) for p, rows in splits.items()}
+    assert {name: prompts(rows) for name, rows in again.items()} == {s: prompts(rows) for s, rows in splits.items()}
 
 
-def test_a_given_test_part_is_kept_whole_and_its_prompts_leave_the_training_rows(tmp_path, capsys):
-    """Kills: cutting a second test part, moving rows into the given one, training on its prompts."""
-    train, test = make_rows(200), [row | {"prompt": row["prompt"].upper()} for row in make_rows(20, 180)]
+def test_a_given_test_split_is_kept_whole_and_its_prompts_leave_the_training_rows(tmp_path, capsys):
+    """Kills: cutting a second test split, moving rows into the given one, training on its prompts, also where they
+    differ in case or in space around them."""
+    train, test = make_rows(200), [row | {"prompt": f" {row['prompt'].upper()}\n"} for row in make_rows(20, 180)]
     files = [write(tmp_path / "train.jsonl", train), write(tmp_path / "test.jsonl", test)]
     for sources in (files, [tmp_path]):
         splits, _ = load_splits(sources)
         assert splits["test"] == test
         assert prompts(splits["train"]) | prompts(splits["validation"]) == prompts(train[:180])
-        assert "left out 20 training rows" in capsys.readouterr().out
+        assert "left out 20 train rows" in capsys.readouterr().out
+
+
+def test_given_validation_and_test_splits_share_no_prompt_either(tmp_path):
+    """Kills: choosing the epoch and the threshold on prompts of the test split."""
+    for name, rows in (("train", make_rows(100)), ("val", make_rows(40, 80)), ("test", make_rows(40, 100))):
+        write(tmp_path / f"{name}.jsonl", rows)
+    splits, _ = load_splits([tmp_path])
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [80, 20, 40]
+    assert not prompts(splits["validation"]) & prompts(splits["test"])
+
+
+def test_the_hubs_beavertails_is_its_30k_version(monkeypatch):
+    """Kills: taking all splits of the hub, which hold the same rows twice, or its test rows for training."""
+    sizes = {"330k_train": (400, 0), "330k_test": (80, 400), "30k_train": (100, 0), "30k_test": (20, 400)}
+    hub = {name: datasets.Dataset.from_list(make_rows(*size)) for name, size in sizes.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
+    splits, names = load_splits(["PKU-Alignment/BeaverTails"])
+    assert len(splits["train"]) + len(splits["validation"]) == 100 and len(splits["test"]) == 20 and names == NAMES
+    assert splits["test"] == make_rows(20, 400)
 
 
 def test_the_three_formats_hold_the_same_rows(tmp_path):
     """Kills: a format that is not read, a nested category lost in CSV, an absent response taken for the text "nan"."""
-    import datasets
-
     rows = make_rows(60)
     rows[3] |= {"response": None}
     rows[4] |= {"response": "None"}  # a text, not an absent response
@@ -69,10 +88,26 @@ def test_the_three_formats_hold_the_same_rows(tmp_path):
     write(tmp_path / "a.jsonl", rows)
     table.to_parquet(tmp_path / "b.parquet")
     flat = [row | {"category": json.dumps(row["category"]), "response": row["response"] or ""} for row in rows]
+    flat[5]["is_safe"] = None  # follows from the category
     datasets.Dataset.from_list(flat).to_csv(tmp_path / "c.csv")
     first, second, third = (load_splits([tmp_path / name])[0] for name in ("a.jsonl", "b.parquet", "c.csv"))
     assert first == second
     assert third == {p: [r | {"response": r["response"] or ""} for r in part] for p, part in first.items()}
+
+
+def test_no_type_is_guessed_from_other_rows(tmp_path):
+    """Kills: readers that call a column of numbers numbers, of dates dates, and the first rows' nulls a type."""
+    rows = [row | {"prompt": f"2020-01-{i % 28 + 1:02d}", "response": None} for i, row in enumerate(make_rows(60))]
+    rows += [row | {"response": str(i)} for i, row in enumerate(make_rows(60))]
+    write(tmp_path / "a.jsonl", rows)
+    flat = [row | {"category": "", "response": str(i)} for i, row in enumerate(rows)]
+    datasets.Dataset.from_list(flat).to_csv(tmp_path / "b.csv")
+    for name in ("a.jsonl", "b.csv"):
+        splits, _ = load_splits([tmp_path / name])
+        assert sum(map(len, splits.values())) == len(rows)
+    write(tmp_path / "bom.jsonl", make_rows(60))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "bom.jsonl").read_bytes())
+    assert load_splits([tmp_path / "bom.jsonl"])
 
 
 def test_what_a_row_leaves_out(tmp_path):
@@ -117,12 +152,15 @@ def test_bad_sources_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "not.jsonl").write_text("prompt: hello\n")
     (tmp_path / "not.parquet").write_bytes(b"PAR1 or not")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "ü"}'.encode("latin-1"))
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "folder").mkdir()
     rows = make_rows(100)
     write(tmp_path / "safe.jsonl", [row | {"is_safe": True} for row in rows])
     write(tmp_path / "test.jsonl", rows)
     names = ["empty.jsonl", "not.jsonl", "not.parquet", "notes.txt", "folder", "safe.jsonl", "test.jsonl", "none.jsonl"]
+    names += ["latin.jsonl", "deep.jsonl", "none.csv"]
     for sources in [[str(tmp_path / name)] for name in names] + [["no/such-data-set"], ["two/hub", "ids/here"]]:
         with pytest.raises(UserError) as error:
             load_splits(sources)
@@ -177,8 +215,18 @@ def test_a_text_that_the_template_drops_is_refused(tokenizer):
     """Kills: judging a conversation that lacks the answer."""
     tokenizer.chat_template = CHATML.replace("message['content']", "message['content'].split('|')[0]")
     assert encode(tokenizer, "hi", "safe")
-    with pytest.raises(UserError, match="chat template"):
-        encode(tokenizer, "hi", "safe|harmful")
+    for texts in (("hi|harmful",), ("hi|harmful", "safe"), ("hi", "safe|harmful")):
+        with pytest.raises(UserError, match="chat template"):
+            encode(tokenizer, *texts)
+
+
+def test_a_control_token_that_the_template_puts_together_is_defused_too(tokenizer):
+    """Kills: looking for the control tokens in the template's text, where a role's mark may not stand in one piece."""
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    marks = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    ids = encode(tokenizer, "a<|user|>b<|assistant|>", "c<|user|>")
+    assert [i for i in ids if i in marks] == marks
 
 
 # Batches.

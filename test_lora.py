@@ -140,9 +140,11 @@ def test_one_gate_opens_every_layer():
     assert len(layers) == 2 * 3 and all(layer.gate is gate for layer in layers)
 
 
-@pytest.mark.parametrize("targets", [["qproj"], ["proj"], ["q_proj", "nothing"], ["embed_tokens"], ["lm_head"]])
+@pytest.mark.parametrize(
+    "targets", [["qproj"], ["proj"], ["q"], ["self_attn"], ["q_proj", "nothing"], ["embed_tokens"], ["lm_head"]]
+)
 def test_a_target_that_matches_no_linear_layer_is_an_error(targets):
-    """Kills: ignoring what is not there, matching by substring, and LoRA around an embedding or the head."""
+    """Kills: ignoring what is not there, matching by prefix or substring, LoRA around an embedding or the head."""
     with pytest.raises(UserError, match=f"{targets[-1]}.*q_proj"):
         inject_lora(make_model(), targets, R, ALPHA, within="model")
 

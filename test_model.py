@@ -65,14 +65,16 @@ def test_a_verdict_between_two_decode_steps_changes_neither_them_nor_the_cache(k
             assert torch.equal(step, plain(torch.tensor([[token]]), past_key_values=theirs).logits)
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_activated_verdict_equals_one_computed_without_a_cache(kind, monkeypatch):
+def test_a_verdict_equals_one_computed_token_by_token_without_a_cache(kind, path, monkeypatch):
     """Kills: an open gate over the conversation, wrong positions for the guard prompt, a head on the wrong token."""
-    guard = make_guard(kind)
+    guard = make_guard(kind, guard_path=path)
     ids = conversations(guard)[2][:30]
     question = guard.guard_prompt_ids[0].tolist()
-    mask = torch.tensor([0.0] * len(ids) + [1.0] * len(question))[None, :, None]
-    scores = guard.score([ids])
+    assert (path == "full") == (question == [])
+    mask = torch.tensor([float(path == "full")] * len(ids) + [1.0] * len(question))[None, :, None]
+    scores = guard.score([ids, ids[:7]])[:1]
 
     def masked(layer, x):
         return layer.base(x) + mask * (x @ layer.delta().T)
@@ -131,6 +133,22 @@ def test_the_frozen_model_does_not_drop_out_in_training():
     """Kills: training mode for the base, whose dropout (GPT-2 has some) would train the guard on another model."""
     guard = make_guard("gpt2").train()
     assert torch.equal(guard(conversations(guard)), guard(conversations(guard)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_lora_dropout_acts_in_training_alone(path):
+    """Kills: a training mode that does not reach the LoRA layers, and a score that leaves them in it."""
+    guard = make_guard(guard_path=path, lora_dropout=0.5).train()
+    assert not torch.equal(guard(conversations(guard)), guard(conversations(guard)))
+    assert torch.equal(guard.score(conversations(guard)), guard.score(conversations(guard)))
+
+
+def test_logits_are_fp32_under_autocast():
+    """Kills: a head in bf16, which rounds different scores to the same."""
+    guard = make_guard()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = guard(conversations(guard))
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_heads():
@@ -194,9 +212,9 @@ def rewrite(path, change):
 def test_save_and_load_give_equal_scores_and_equal_bytes(saved, tmp_path):
     """Kills: a tensor that is not saved or not loaded, one saved in less precision, metadata in no fixed order."""
     guard, config, adapter = saved
-    loaded, read_config = load_guard(config, adapter)
+    loaded, threshold = load_guard(config, adapter)
     assert torch.equal(loaded.score(conversations(loaded)), guard.score(conversations(guard)))
-    assert read_config["threshold"] == 0.5
+    assert threshold == 0.5
     loaded.save_adapter(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == adapter.read_bytes()
 
@@ -244,16 +262,21 @@ def test_an_adapter_with_other_settings_is_refused_by_field(saved, field, value)
 
 
 def test_another_base_of_the_same_shapes_is_refused(saved):
-    """Kills: a fingerprint that is not compared, or that leaves out the tokenizer or the config."""
+    """Kills: a fingerprint that is not compared, or without the template, the vocabulary, the config or the norms."""
     other = make_tokenizer()
     other.chat_template = other.chat_template.replace("assistant", "model")
     settings = {name: saved[0].settings[name] for name in ("categories", "lora_r", "guard_prompt")}
     with pytest.raises(UserError, match="base_fingerprint"):
         GuardedChat(make_model(), other, **settings).load_adapter(saved[2])
-    model = make_model()
-    model.config.max_position_embeddings *= 2
+    other = make_tokenizer()
+    other.add_tokens(["new"])
     with pytest.raises(UserError, match="base_fingerprint"):
-        GuardedChat(model, make_tokenizer(), **settings).load_adapter(saved[2])
+        GuardedChat(make_model(), other, **settings).load_adapter(saved[2])
+    for change in (lambda m: setattr(m.config, "hidden_act", "gelu"), lambda m: m.model.norm.weight.data.mul_(2)):
+        model = make_model()
+        change(model)
+        with pytest.raises(UserError, match="base_fingerprint"):
+            GuardedChat(model, make_tokenizer(), **settings).load_adapter(saved[2])
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 200, -1])
@@ -267,24 +290,35 @@ def test_a_truncated_or_random_adapter_is_refused(saved, length):
             guard.load_adapter(adapter)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"base_model": 3}', "\x00\x01"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"base_model": 3}', "\x00\x01", "[" * 100_000])
 def test_a_damaged_config_is_refused(saved, text):
     """Kills: a KeyError or JSON error that reaches the user."""
     _, config, adapter = saved
     config.write_text(text)
-    with pytest.raises(UserError, match=r"config\.json"):
+    with pytest.raises(UserError, match=r"config\.json") as error:
         load_guard(config, adapter)
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
-    "field, value", [("lora_r", "4"), ("threshold", None), ("guard_path", "half"), ("categories", "x")]
+    "field, value",
+    [
+        ("lora_r", "4"),
+        ("lora_r", 10**13),
+        ("base_model", 3),
+        ("guard_prompt", None),
+        ("threshold", "high"),
+        ("guard_path", "half"),
+        ("categories", "x"),
+    ],
 )
 def test_a_config_with_a_wrong_value_is_refused_by_field(saved, field, value):
     """Kills: settings that are used before they are checked."""
     _, config, adapter = saved
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
-    with pytest.raises(UserError, match=field.replace("_", ".")):
+    with pytest.raises(UserError) as error:
         load_guard(config, adapter)
+    assert any(name in str(error.value) for name in ("config.json", field.replace("_", " "), "LoRA rank"))
 
 
 def test_settings_that_make_no_sense_are_refused():

@@ -9,7 +9,6 @@ import argparse
 import csv
 import io
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from accelerate.utils import set_seed
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from data import BEAVERTAILS, PARTS, encode, epoch_batches, labels, load_splits
+from data import BEAVERTAILS, SPLITS, encode, epoch_batches, labels, load_splits
 from evaluate import best_threshold, metrics
-from lora import UserError, trainable
+from lora import UserError, first_line, run, trainable
 from model import EMBEDDED, GUARD, GuardedChat, load_chat_model, write_whole
 
 
@@ -54,6 +53,8 @@ def parse_arguments():
     for name in ("epochs", "per_device_batch_size", "gradient_accumulation_steps", "eval_batch_size", "learning_rate"):
         if not 0 < getattr(args, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must be above 0")
+    if not 0 <= args.seed < 2**31:
+        raise UserError("--seed must be from 0 to 2147483647")
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run to go on with: train.py MODEL OUTPUT_DIR --resume")
     if args.dataset is None:
@@ -73,10 +74,13 @@ def main():
     args = parse_arguments()
     output = Path(args.output_dir or next(f"runs/{n}" for n in range(1, 10**6) if not Path(f"runs/{n}").exists()))
     steps = args.gradient_accumulation_steps
-    accelerator = Accelerator(gradient_accumulation_steps=steps, log_with=args.report_to, project_dir=output)
+    try:
+        accelerator = Accelerator(gradient_accumulation_steps=steps, log_with=args.report_to, project_dir=output)
+    except ValueError as error:
+        raise UserError(f"accelerate cannot start: {first_line(error)}") from error
     set_seed(args.seed)
 
-    splits, categories = load_splits(args.dataset)
+    rows, categories = load_splits(args.dataset)
     chat_model, tokenizer = load_chat_model(args.hf_model_id)
     settings = {name: value for name, value in vars(args).items() if name in GUARD}
     guard = GuardedChat(chat_model, tokenizer, categories=categories, **settings)
@@ -89,13 +93,15 @@ def main():
     accelerator.wait_for_everyone()  # or a slower process would find the files of this run in its way
 
     # Every text is tokenised once; what does not fit the context is left out here, and judged in windows in use.
-    texts = {part: [encode(tokenizer, row["prompt"], row["response"]) for row in splits[part]] for part in PARTS}
-    targets = {part: labels(splits[part], categories) for part in PARTS}  # (rows, 1 + K)
+    texts = {split: [encode(tokenizer, row["prompt"], row["response"]) for row in rows[split]] for split in SPLITS}
+    targets = {split: labels(rows[split], categories) for split in SPLITS}  # (rows, 1 + K)
     fits = torch.tensor([len(ids) <= guard.max_tokens for ids in texts["train"]])
     if not fits.all():
         accelerator.print(f"left out {(~fits).sum()} training rows of more than {guard.max_tokens} tokens")
         texts["train"] = [ids for ids in texts["train"] if len(ids) <= guard.max_tokens]
         targets["train"] = targets["train"][fits]
+        if len(targets["train"][:, 0].unique()) < 2:
+            raise UserError("the training rows that fit the context are not both safe and unsafe")
     lengths = [len(ids) for ids in texts["train"]]
     positives, known = targets["train"].nansum(0), (~targets["train"].isnan()).sum(0)
     # Without positives the weight would be infinite; as no term then carries it, any finite one serves.
@@ -112,7 +118,7 @@ def main():
         write_json(output / "config.json", config)
         write_json(output / "parameter_counts.json", parameter_counts(guard))
     if args.report_to:
-        accelerator.init_trackers("lora-guard", config=config)
+        accelerator.init_trackers("lora-guard", {name: str(value) for name, value in config.items()})
 
     batches_per_update = accelerator.num_processes * steps
     updates = -(-len(lengths) // (args.per_device_batch_size * batches_per_update))  # in an epoch
@@ -150,20 +156,20 @@ def main():
 
         # The train part is scored by the passes that it was learnt in: passes of their own would double the time.
         logits = {"train": add_up(accelerator, logit_sum) / add_up(accelerator, times)}
-        for part in PARTS[1:]:
-            logits[part] = torch.zeros_like(targets[part])
-            mine = range(accelerator.process_index, len(logits[part]), accelerator.num_processes)
-            logits[part][mine] = guard.score([texts[part][row] for row in mine], args.eval_batch_size)
-            logits[part] = add_up(accelerator, logits[part])
+        for split in SPLITS[1:]:
+            logits[split] = torch.zeros_like(targets[split])
+            mine = range(accelerator.process_index, len(logits[split]), accelerator.num_processes)
+            logits[split][mine] = guard.score([texts[split][row] for row in mine], args.eval_batch_size)
+            logits[split] = add_up(accelerator, logits[split])
         row = {"epoch": epoch} | epoch_metrics(logits, targets, categories)
         state["metrics"].append(row)
         accelerator.log(row, step=update)
-        if is_best := row["validation/unsafe/auprc"] > state["best"]:
-            state["best"], config["threshold"] = row["validation/unsafe/auprc"], row["threshold"]
+        if is_best := row["validation/auprc"] > state["best_auprc"]:
+            state["best_auprc"], config["threshold"] = row["validation/auprc"], row["threshold"]
         if accelerator.is_main_process:
             state |= {"epoch": epoch, "optimizer": optimizer.optimizer.state_dict()}
             save_epoch(output, guard, state, config, is_best)
-        figures = (f"{p} AUPRC {row[f'{p}/unsafe/auprc']:.3f} F1 {row[f'{p}/unsafe/f1']:.3f}" for p in PARTS)
+        figures = (f"{s} AUPRC {row[f'{s}/auprc']:.3f} F1 {row[f'{s}/f1']:.3f}" for s in SPLITS)
         accelerator.print(f"epoch {epoch}: {', '.join(figures)}")
     accelerator.end_training()
     accelerator.print(f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}")
@@ -180,15 +186,15 @@ def add_up(accelerator, tensor):
 
 
 def epoch_metrics(logits, targets, categories):
-    """A row of metrics.csv, "part/output/metric": unsafe at the best threshold on validation, categories at 0.5."""
-    scores = {part: values.double().sigmoid().numpy() for part, values in logits.items()}
+    """A row of metrics.csv: "split/metric" at the best threshold on validation, "split/category/metric" at 0.5."""
+    scores = {split: values.double().sigmoid().numpy() for split, values in logits.items()}
     threshold = best_threshold(targets["validation"][:, 0].numpy(), scores["validation"][:, 0])
     row = {"threshold": threshold}
-    for part in PARTS:
-        for k, name in enumerate(["unsafe", *categories]):
-            known = ~targets[part][:, k].isnan().numpy()
-            values = metrics(targets[part][:, k].numpy()[known], scores[part][known, k], 0.5 if k else threshold)
-            row |= {f"{part}/{name}/{metric}": value for metric, value in values.items()}
+    for split in SPLITS:
+        for k, name in enumerate([split, *(f"{split}/{category}" for category in categories)]):
+            known = ~targets[split][:, k].isnan().numpy()
+            values = metrics(targets[split][:, k].numpy()[known], scores[split][known, k], 0.5 if k else threshold)
+            row |= {f"{name}/{metric}": value for metric, value in values.items()}
     return row
 
 
@@ -206,15 +212,15 @@ def open_output(output, config, resume):
     if not resume:
         if (output / "config.json").exists():
             raise UserError(f"{output} holds another run: name another folder, or go on with that run by --resume")
-        return {"epoch": 0, "best": -1.0, "losses": [], "metrics": []}
+        return {"epoch": 0, "best_auprc": -1.0, "losses": [], "metrics": []}
     try:
         saved = json.loads((output / "config.json").read_text())
-        state = torch.load(output / "checkpoints/state.pt", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{output} holds no whole epoch to go on from: there is no {error.filename}") from None
-    if differing := [name for name, value in config["arguments"].items() if saved["arguments"].get(name) != value]:
+        state = torch.load(output / "checkpoints/state.pt", map_location="cpu", weights_only=True)
+        saved_arguments, config["threshold"] = dict(saved["arguments"]), float(saved["threshold"])
+    except Exception as error:  # missing and damaged files raise classes of three libraries
+        raise UserError(f"{output} holds no whole epoch to go on from: {first_line(error)}") from error
+    if differing := [name for name, value in config["arguments"].items() if saved_arguments.get(name) != value]:
         raise UserError(f"the run in {output} was started with other arguments; what differs: {', '.join(differing)}")
-    config["threshold"] = saved["threshold"]
     return state
 
 
@@ -240,8 +246,4 @@ def write_json(path, content):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)
