@@ -71,13 +71,14 @@ def test_open_gate_adds_the_scaled_product_and_shut_gate_nothing(kind):
 def test_gradients_are_those_of_the_dense_form():
     """Kills: a detached A, B or x, and any error in the low-rank product's order."""
     layer = make_layer()
-    target = torch.randn(4, 2, OUT)
+    target, ours = torch.randn(4, 2, OUT), x.clone().requires_grad_()
     with layer.gate.opened():
-        F.mse_loss(layer(x), target).backward()
-    a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
-    F.mse_loss(F.linear(x, layer.base.weight.detach() + ALPHA / R * b @ a, layer.base.bias.detach()), target).backward()
-    assert torch.allclose(layer.lora_A.grad, a.grad, atol=1e-6)
-    assert torch.allclose(layer.lora_B.grad, b.grad, atol=1e-6)
+        F.mse_loss(layer(ours), target).backward()
+    a, b, theirs = (tensor.detach().clone().requires_grad_() for tensor in (layer.lora_A, layer.lora_B, x))
+    dense = layer.base.weight.detach() + ALPHA / R * b @ a
+    F.mse_loss(F.linear(theirs, dense, layer.base.bias.detach()), target).backward()
+    for one, other in ((layer.lora_A, a), (layer.lora_B, b), (ours, theirs)):
+        assert torch.allclose(one.grad, other.grad, atol=1e-6)
     assert a.grad.abs().max() > 1e-3 and b.grad.abs().max() > 1e-3
 
 

@@ -168,9 +168,10 @@ def test_a_long_text_is_seen_whole_and_its_worst_window_counts(path, monkeypatch
     monkeypatch.setattr(
         guard, "forward", lambda ids: seen.extend(ids) or torch.tensor([[max(i) * 1.0] * 3 for i in ids])
     )
-    text = list(range(3, 303)) * 3
-    assert guard.score([text, [5, 4]])[:, 0].tolist() == [302, 5]
-    windows = sorted((window for window in seen if len(window) > 2), key=lambda w: text.index(w[0]))
+    text = list(range(3, 903))
+    assert guard.score([text, [5, 4]])[:, 0].tolist() == [902, 5]
+    assert guard.score([text[::-1]])[:, 0].tolist() == [902]
+    windows = [window for window in seen if len(window) > 2 and window[0] < window[1]]
     assert max(map(len, windows)) == guard.max_tokens <= CONTEXT
     pairs = {pair for window in windows for pair in pairwise(window)}
     assert pairs == set(pairwise(text))
@@ -272,7 +273,9 @@ def test_another_base_of_the_same_shapes_is_refused(saved):
     other.add_tokens(["new"])
     with pytest.raises(UserError, match="base_fingerprint"):
         GuardedChat(make_model(), other, **settings).load_adapter(saved[2])
-    for change in (lambda m: setattr(m.config, "hidden_act", "gelu"), lambda m: m.model.norm.weight.data.mul_(2)):
+    changes = [lambda m: m.model.norm.weight.data.mul_(2), lambda m: setattr(m.config, "hidden_act", "gelu")]
+    changes += [lambda m: setattr(m.config, "num_attention_heads", 8)]
+    for change in changes:
         model = make_model()
         change(model)
         with pytest.raises(UserError, match="base_fingerprint"):
@@ -290,11 +293,13 @@ def test_a_truncated_or_random_adapter_is_refused(saved, length):
             guard.load_adapter(adapter)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"base_model": 3}', "\x00\x01", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", "null", '{"base_model": 3}', "\x00\x01", "[" * 100_000, "\xff" * 100_000]
+)
 def test_a_damaged_config_is_refused(saved, text):
     """Kills: a KeyError or JSON error that reaches the user."""
     _, config, adapter = saved
-    config.write_text(text)
+    config.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"config\.json") as error:
         load_guard(config, adapter)
     assert len(str(error.value)) < 1000

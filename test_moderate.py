@@ -91,6 +91,7 @@ def test_a_file_comes_back_in_order_with_its_verdicts(files, monkeypatch, capsys
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 3) + "\n")
     score_file(guard, tmp_path / "in.jsonl", tmp_path / "chunks.jsonl", 0.4, chunk_rows=2)
     run(monkeypatch, capsys, *files, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("*.tmp"))
     for name in ("chunks.jsonl", "out.jsonl"):
         found = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         assert len(found) == 9
@@ -139,6 +140,7 @@ def test_a_probability_at_the_threshold_is_flagged(monkeypatch, tmp_path):
     guard = make_guard()
     monkeypatch.setattr(guard, "score", lambda rows: torch.zeros(len(rows), 3))
     assert moderate_turn(guard, "hi", "the answer", 0.5, 5)["flagged"]
+    assert moderate_turn(guard, "hi", None, 0.5, 5)["stopped"] == "prompt"
     (tmp_path / "in.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     score_file(guard, tmp_path / "in.jsonl", tmp_path / "out.jsonl", 0.5)
     assert json.loads((tmp_path / "out.jsonl").read_text())["flagged"]
