@@ -198,9 +198,9 @@ def test_bad_arguments_are_refused(files, monkeypatch, capsys, arguments):
         run(monkeypatch, capsys, *files, *arguments)
 
 
-def test_a_mistake_is_one_line_and_exit_status_2(files):
+def test_a_mistake_is_one_line_and_exit_status_2(files, tmp_path):
     """Kills: a traceback for a user's mistake, and exit status 1, which means a crash."""
-    for arguments in ([files[0], "none.safetensors"], [*files, "--input=none.jsonl", "--output=out.jsonl"]):
+    for arguments in ([files[0], "none.safetensors"], [*files, "--input=none.jsonl", f"--output={tmp_path}/out"]):
         command = [sys.executable, moderate.__file__, *arguments]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         last = result.stderr.strip().splitlines()[-1]

@@ -214,7 +214,7 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize("arguments", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_bad_arguments_are_refused_before_anything_is_written(arguments, model_folder, rows, tmp_path, monkeypatch):
     """Kills: a check left out, and a folder left behind that looks like a run."""
-    with pytest.raises(UserError):
+    with pytest.raises((UserError, SystemExit)):
         run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, *arguments)
     assert not (tmp_path / "run").exists()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import LoggerType, set_seed
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -48,7 +48,7 @@ def parse_arguments():
     add("--learning-rate", type=float, default=1e-3)
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on with the run in output_dir after its last whole epoch")
-    add("--report-to", help="one of accelerate's trackers: tensorboard, wandb, ...")
+    add("--report-to", choices=[tracker.value for tracker in LoggerType], help="one of accelerate's trackers")
     args = parser.parse_args()
     for name in ("epochs", "per_device_batch_size", "gradient_accumulation_steps", "eval_batch_size", "learning_rate"):
         if not 0 < getattr(args, name) < float("inf"):
@@ -74,21 +74,16 @@ def main():
     args = parse_arguments()
     output = Path(args.output_dir or next(f"runs/{n}" for n in range(1, 10**6) if not Path(f"runs/{n}").exists()))
     steps = args.gradient_accumulation_steps
-    try:
-        accelerator = Accelerator(gradient_accumulation_steps=steps, log_with=args.report_to, project_dir=output)
-    except ValueError as error:
-        raise UserError(f"accelerate cannot start: {first_line(error)}") from error
+    accelerator = Accelerator(gradient_accumulation_steps=steps, log_with=args.report_to, project_dir=output)
     set_seed(args.seed)
 
     rows, categories = load_splits(args.dataset)
     chat_model, tokenizer = load_chat_model(args.hf_model_id)
     settings = {name: value for name, value in vars(args).items() if name in GUARD}
     guard = GuardedChat(chat_model, tokenizer, categories=categories, **settings)
-    config = {"base_model": args.hf_model_id, "dtype": str(chat_model.dtype).removeprefix("torch."), **guard.settings}
-    config |= {
-        "threshold": 0.5,
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("output_dir", "resume")},
-    }
+    dtype = str(chat_model.dtype).removeprefix("torch.")
+    config = {"base_model": args.hf_model_id, "dtype": dtype, **guard.settings, "threshold": 0.5}
+    config["arguments"] = {name: value for name, value in vars(args).items() if name not in ("output_dir", "resume")}
     state = open_output(output, config, args.resume)
     accelerator.wait_for_everyone()  # or a slower process would find the files of this run in its way
 
