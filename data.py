@@ -24,10 +24,11 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 def load_splits(sources):
     """Read `sources` into ({"train": rows, "validation": rows, "test": rows}, category names in the data's order).
 
-    sources: one hub id, or data files, or folders of them. A name with "test" in it is the test split, with "val" or
-    "dev" the validation split, any other the training split. A split that is not given is cut out of the training one,
-    a tenth of its prompts. No prompt stays in two splits: test keeps it before validation, validation before training,
-    and the number of rows that this leaves out is printed. Raises UserError for data that cannot be learnt from.
+    sources: one hub id, or data files, or folders of them. A name with "train" in it is the training split, else with
+    "test" the test split, with "val" or "dev" the validation split, and any other is training too. A split that is not
+    given is cut out of the training one, a tenth of its prompts. No prompt stays in two splits: test keeps it before
+    validation, validation before training, and the number of rows that this leaves out is printed.
+    Raises UserError for data that cannot be learnt from.
     """
     given, names = {}, None
     for source, split, rows in _read(sources):
@@ -43,9 +44,9 @@ def load_splits(sources):
 
     splits, held_out = {split: [] for split in SPLITS}, set()
     to_cut = [split for split in SPLITS if split not in given]
-    for split in SPLITS[::-1]:
-        rows = [row for row in given.get(split, []) if _prompt_key(row) not in held_out]
-        if left_out := len(given.get(split, [])) - len(rows):
+    for split in [split for split in SPLITS[::-1] if split in given]:
+        rows = [row for row in given[split] if _prompt_key(row) not in held_out]
+        if left_out := len(given[split]) - len(rows):
             print(f"left out {left_out} {split} rows: their prompts are in another split that was given")
         held_out |= {_prompt_key(row) for row in rows}
         for row in rows:

@@ -149,7 +149,7 @@ def main():
                 accelerator.log({"loss": loss}, step=update)
                 bar.set_postfix_str(f"loss {loss:.3f}, {tokens / (time.perf_counter() - started):.0f} tokens/s")
 
-        # The train part is scored by the passes that it was learnt in: passes of their own would double the time.
+        # The train split is scored by the passes that it was learnt in: passes of their own would double the time.
         logits = {"train": add_up(accelerator, logit_sum) / add_up(accelerator, times)}
         for split in SPLITS[1:]:
             logits[split] = torch.zeros_like(targets[split])
