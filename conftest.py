@@ -8,7 +8,16 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from model import GuardedChat
@@ -36,15 +45,28 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special)
 
 
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = SHAPE | {"num_key_value_heads": 2, "head_dim": 8}
+KINDS = {  # a window of 8 tokens where attention slides
+    "llama": (LlamaConfig, GROUPED),
+    "qwen3": (Qwen3Config, GROUPED),
+    "mistral": (MistralConfig, GROUPED | {"sliding_window": 8}),
+    "gemma3": (
+        Gemma3TextConfig,
+        GROUPED | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi3": (Phi3Config, GROUPED),
+    "gpt_neox": (GPTNeoXConfig, SHAPE),
+    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}),
+}
+
+
 def make_model(kind="llama", seed=0):
-    """A random model of two layers. "mistral" has a sliding window of 8, "gpt2" the Conv1D layers."""
-    shape = {"vocab_size": 320, "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 1}
-    if kind == "gpt2":
-        config = GPT2Config(**shape, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT)
-    else:
-        shape |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        shape |= {"num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
-        config = LlamaConfig(**shape) if kind == "llama" else MistralConfig(**shape, sliding_window=8)
+    """A random model of two layers, of a kind of KINDS; "gpt2" has the Conv1D layers."""
+    config, shape = KINDS[kind]
+    if kind != "gpt2":
+        shape = shape | {"max_position_embeddings": CONTEXT}
+    config = config(vocab_size=320, pad_token_id=2, eos_token_id=2, bos_token_id=1, **shape)
     torch.manual_seed(seed)
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
 

@@ -31,7 +31,7 @@ def load_splits(sources):
     Raises UserError for data that cannot be learnt from.
     """
     given, names = {}, None
-    for source, split, rows in _read(sources):
+    for source, split, rows in read_rows(sources):
         if not rows:
             raise UserError(f"{source} has no rows")
         for number, row in enumerate(rows, 1):
@@ -61,7 +61,7 @@ def load_splits(sources):
     return splits, names or []
 
 
-def _read(sources):
+def read_rows(sources):
     """[(name, split, rows)] of every file or hub split that `sources` name."""
     paths = []
     for path in map(Path, sources):
@@ -151,9 +151,10 @@ def labels(rows, names):
     return torch.tensor(values, dtype=torch.float32).view(len(rows), 1 + len(names))
 
 
-def encode(tokenizer, prompt, response=None):
+def encode(tokenizer, prompt, response=None, history=()):
     """Token ids of a conversation in the model's own chat template, up to where the answer begins or has got to.
 
+    history: the messages before the prompt, [{"role": "user" or "assistant", "content": text}, ...].
     The answer is left open (no end-of-turn token behind it), so that a finished answer and one still being written are
     judged in the same form. Control literals in the texts ("<|im_end|>") are encoded as the plain text that they are.
     Raises UserError where the template cannot show the texts whole.
@@ -161,15 +162,16 @@ def encode(tokenizer, prompt, response=None):
     if tokenizer.chat_control_tokens is None:
         # All, for a template can put one together from its parts, out of sight of what looks for it there.
         tokenizer.chat_control_tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
-    texts = [prompt, response] if response and response.strip() else [prompt]
-    messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
-    options = {"add_generation_prompt": len(texts) == 1, "continue_final_message": len(texts) == 2}
+    messages = [*history, {"role": "user", "content": prompt}]
+    if answered := bool(response and response.strip()):
+        messages.append({"role": "assistant", "content": response})
+    options = {"add_generation_prompt": not answered, "continue_final_message": answered}
     try:
         shown = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         ids = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False, **options)
     except Exception as error:  # a template is a program of the model's author, which raises what it likes
         raise UserError(f"the chat template cannot write this conversation: {first_line(error)}") from error
-    if not all(text.strip() in shown for text in texts):
+    if not all(message["content"].strip() in shown for message in messages):
         raise UserError("the chat template leaves out a part of this conversation, which the guard would not see")
     return ids
 

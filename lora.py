@@ -7,6 +7,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 """
 
 import math
+import os
 import sys
 from contextlib import contextmanager
 
@@ -23,6 +24,12 @@ def run(main):
     """Run a command: what the user got wrong becomes one line on standard error and exit status 2."""
     try:
         main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has left, as `head` does; Python would complain again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         sys.exit(2)

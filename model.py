@@ -16,12 +16,15 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import LoRALinear, UserError, first_line, inject_lora, trainable
@@ -39,6 +42,14 @@ GUARD = {
     "unsafe_head": True,  # False: the largest category logit stands for unsafe, as in the paper's first version
     "clf_head_bias": True,
 }
+
+
+class Answer(NamedTuple):
+    """One conversation's part of what GuardedChat.generate returns."""
+
+    ids: list  # token ids of the answer as far as it was judged, without the end-of-turn token
+    verdicts: list  # [(tokens, [1 + K probabilities])]: at 0 tokens on the prompt, then on the answer's first tokens
+    stopped: str | None  # "prompt" or "response" where the last verdict reached the threshold
 
 
 class GuardedChat(nn.Module):
@@ -125,6 +136,88 @@ class GuardedChat(nn.Module):
             output = self.chat_model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, **padding)
             hidden = output.last_hidden_state  # (B, M, H)
         return self._head(hidden[:, -1])
+
+    @torch.no_grad()
+    def generate(self, conversations, threshold, max_new_tokens=128, verdict_every=16, streamer=None, **options):
+        """Answer B conversations, lists of token ids; each ends at its first verdict of `threshold` or more.
+
+        `activated` judges the prompt, then the answer every `verdict_every` tokens and at its end, always on the cache
+        that the chat path fills anyway. `full`, as in the paper, judges the prompt and the end, in passes of their own.
+        streamer, options: as for transformers' generate, which chooses the tokens; greedy by default, no beams. If the
+        streamer has a method put_verdict(tokens, probabilities), that is called with each verdict.
+        Returns B Answers. Raises UserError where a conversation leaves no room for max_new_tokens in the context.
+        """
+        self.eval()
+        if (longest := max(map(len, conversations))) + max_new_tokens > self.max_tokens:
+            raise UserError(f"a prompt of {longest} tokens leaves no room for {max_new_tokens} more in the context")
+        if min(max_new_tokens, verdict_every) < 1:
+            raise UserError("an answer needs at least 1 token, and so does the step from verdict to verdict")
+        ids, mask = self._pad(conversations, "left")  # (B, T)
+        (rows, width), device = ids.shape, ids.device
+        cache = DynamicCache(config=self.chat_model.config.get_text_config(decoder=True))
+        every = sys.maxsize if self.is_full else verdict_every
+        ends = options.get("eos_token_id", self.chat_model.generation_config.eos_token_id)
+        ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=device).view(-1)
+        stopping_criteria = options.pop("stopping_criteria", [])
+        limit = torch.full((rows,), max_new_tokens, device=device)  # tokens after which an answer has to end
+        judged = torch.full((rows,), -1, device=device)  # tokens of the answer that the last verdict is about
+        done = torch.zeros(rows, dtype=torch.bool, device=device)
+        verdicts = [[] for _ in conversations]
+
+        def judge(ids, due):  # the cache holds `ids`, (B, T + n), no more and no less; due: (B,)
+            if len(ids) != rows or cache.get_seq_length() != ids.shape[1]:
+                raise UserError("a moderated answer is generated token by token, without beams or an assistant")
+            which = due.nonzero()[:, 0].tolist()
+            if self.is_full:
+                logits = self([ids[row, width - len(conversations[row]) :].tolist() for row in which])
+            else:
+                padding = None if mask.all() else F.pad(mask, (0, ids.shape[1] - width), value=1)
+                logits = self.judge(cache, padding)[due]
+            probabilities, judged[due] = logits.cpu().double().sigmoid(), ids.shape[1] - width
+            done[due] = (probabilities[:, 0] >= threshold).to(device)
+            for row, verdict in zip(which, probabilities.tolist(), strict=True):
+                verdicts[row].append((ids.shape[1] - width, verdict))
+                if hasattr(streamer, "put_verdict"):
+                    streamer.put_verdict(*verdicts[row][-1])
+
+        def before_token(ids, scores):  # a logits processor: what was generated so far is in the cache
+            tokens = ids.shape[1] - width
+            due = ~done & ((limit <= tokens) | (tokens % every == 0))
+            if due.any():
+                judge(ids, due)
+            done.logical_or_(limit <= tokens)
+            ending = torch.full_like(scores, -torch.inf)
+            ending[:, ends[:1] if len(ends) else 0] = 0
+            return torch.where(done[:, None], ending, scores)
+
+        def after_token(ids, scores):  # a stopping criterion: the last of `ids` is not in the cache yet
+            tokens = ids.shape[1] - width
+            for criterion in stopping_criteria:
+                limit.masked_fill_(criterion(ids, scores), tokens)
+            ended = ~done & torch.isin(ids[:, -1], ends)
+            due = ended & (judged < tokens - 1)
+            if due.any():
+                judge(ids[:, :-1], due)
+            return done.logical_or_(ended).clone()
+
+        options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
+        options["logits_processor"] = [*options.get("logits_processor", []), before_token]
+        # One token more than asked for, which is always an end: the last token has to be read before its verdict.
+        output = self.chat_model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens + 1,
+            stopping_criteria=[after_token],
+            streamer=streamer,
+            **options,
+        )
+        answers = []
+        for row, found in zip(output[:, width:].tolist(), verdicts, strict=True):
+            tokens, (unsafe, *_) = found[-1]
+            stopped = ("response" if tokens else "prompt") if unsafe >= threshold else None
+            answers.append(Answer(row[:tokens], found, stopped))
+        return answers
 
     @torch.no_grad()
     def score(self, conversations, batch_size=32):
@@ -263,8 +356,18 @@ def load_chat_model(name, dtype=None):
     return model, tokenizer
 
 
-def load_guard(config_path, adapter_path, device="cpu"):
-    """(guard, threshold) from the files that train.py writes. Raises UserError if they are damaged or do not match."""
+def load_guard(config_path=None, adapter_path=None, device_id=None):
+    """(guard, threshold) from the files that train.py writes. Raises UserError if they are damaged or do not match.
+
+    By default the guard in guard/, or else that of the newest run, on the first GPU or under `accelerate launch` on the
+    process's own; device_id -1 is the CPU.
+    """
+    config_path = config_path or find_config()
+    adapter_path = adapter_path or Path(config_path).with_name("adapter.safetensors")
+    if device_id is not None and not -1 <= device_id < torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"there is no device {device_id}: this machine has {count} GPUs; -1 is the CPU")
+    device = Accelerator().device if device_id is None else f"cuda:{device_id}" if device_id >= 0 else "cpu"
     try:
         config = json.loads(Path(config_path).read_text())
         threshold = float(config["threshold"])
@@ -277,6 +380,14 @@ def load_guard(config_path, adapter_path, device="cpu"):
         raise UserError(f"cannot build a guard from the config {config_path}: {reason}") from error
     guard.load_adapter(adapter_path)
     return guard.to(device), threshold
+
+
+def find_config():
+    shipped = Path(__file__).parent / "guard/config.json"
+    runs = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not (shipped.exists() or runs):
+        raise UserError("there is no trained guard yet: run `python train.py`, or name a config.json and its adapter")
+    return shipped if shipped.exists() else runs[-1].with_name("config.json")
 
 
 def write_whole(path, content):

@@ -1,18 +1,29 @@
 """Use a trained guard: chat under guard, or score texts that are already there.
 
 Every verdict is a probability that the conversation so far is harmful, and one for each kind of harm; what reaches the
-threshold is flagged. A flagged prompt is not answered, and a flagged answer is not shown.
+threshold is flagged. A flagged prompt is not answered, and an answer ends where it is first flagged.
 """
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
 import math
 import os
+import re
+import shutil
+import signal
+import stat
+import sys
+import unicodedata
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
+from transformers import TextStreamer
 
 from data import check_text, encode, read_jsonl
 from lora import UserError, run
@@ -32,122 +43,247 @@ def parse_arguments():
     add("config", nargs="?", type=Path, help="default: the guard in guard/, or else the newest run of train.py")
     add("adapter", nargs="?", type=Path, help="default: adapter.safetensors beside the config")
     add("--device-id", type=int, help="number of the GPU, -1 for the CPU; default: the first GPU if there is one")
-    add("--prompt", help="chat one turn: judge this prompt, answer it, judge the answer")
+    add("--prompt", help="chat one turn: judge this prompt, answer it, judge the answer; default: chat on the terminal")
     add("--response", help="with --prompt: judge this answer instead of generating one")
     add("--input", type=Path, help="JSONL file of rows with prompt and, if they have one, response; needs --output")
     add("--output", type=Path, help="JSONL file for the same rows with their verdicts")
     add("--json", action="store_true", help="one JSON object a line")
     add("--threshold", type=float, help="flag from this probability; above 1: judge, never stop; default: the config's")
     add("--max-new-tokens", type=int, default=128, help="longest answer to generate")
+    every = "tokens from verdict to verdict; a guard of the full path judges only the prompt and the whole answer"
+    add("--verdict-every", type=int, default=16, metavar="N", help=every)
+    add("--temperature", type=float, help="sample the answer; without this or --top-p it is greedy")
+    add("--top-p", type=float, help="sample from the likeliest tokens that have this probability together")
     args = parser.parse_args()
     mistakes = {
         "--input and --output go together": (args.input is None) != (args.output is None),
         "give either --prompt or --input": args.input and args.prompt is not None,
         "--response needs the --prompt that it answers": args.response is not None and args.prompt is None,
-        "--max-new-tokens must be at least 1": args.max_new_tokens < 1,
+        "the prompt is empty": args.prompt is not None and not args.prompt.strip(),
+        "--max-new-tokens and --verdict-every must be at least 1": min(args.max_new_tokens, args.verdict_every) < 1,
+        "--temperature must be above 0": args.temperature is not None and not 0 < args.temperature < math.inf,
+        "--top-p must be above 0 and at most 1": args.top_p is not None and not 0 < args.top_p <= 1,
     }
     for mistake, made in mistakes.items():
         if made:
             raise UserError(mistake)
-    args.config = args.config or find_config()
-    args.adapter = args.adapter or args.config.with_name("adapter.safetensors")
     return args
 
 
-def find_config():
-    shipped = Path(__file__).parent / "guard/config.json"
-    runs = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not (shipped.exists() or runs):
-        raise UserError("there is no trained guard yet: run `python train.py`, or name a config.json and its adapter")
-    return shipped if shipped.exists() else runs[-1].with_name("config.json")
-
-
-def find_device(number):
-    count = torch.cuda.device_count()
-    if number is None:
-        number = 0 if count else -1
-    if not -1 <= number < count:
-        raise UserError(f"there is no device {number}: this machine has {count} GPUs; -1 is the CPU")
-    return f"cuda:{number}" if number >= 0 else "cpu"
-
-
-def probabilities(guard, conversations):
-    """[(unsafe probability, {category: probability})] for conversations, lists of token ids."""
-    rows = guard.score(conversations).double().sigmoid().tolist()
-    return [(unsafe, dict(zip(guard.categories, others, strict=True))) for unsafe, *others in rows]
-
-
-def moderate_turn(guard, prompt, response, threshold, max_new_tokens):
+def moderate_turn(guard, prompt, response, threshold, history=(), **options):
     """Judge a prompt, answer it unless it is flagged, and judge the answer; a `response` that is given is only judged.
 
-    Returns the record that --json prints; its `stopped` says whether the prompt or the answer ended the turn.
+    history: the messages before, as for encode; options: as for GuardedChat.generate. Returns the record that --json
+    prints; `stopped` says whether the prompt or the answer ended the turn. Where the context has no room for an answer,
+    the prompt is judged, in windows if it is longer than that, and `response` stays None.
     """
-    prompt_ids = encode(guard.tokenizer, prompt)
-    [(unsafe, categories)] = probabilities(guard, [prompt_ids])
-    record = {"prompt": prompt, "prompt_unsafe_probability": unsafe, "response": response}
-    record |= {"response_unsafe_probability": None, "flagged": unsafe >= threshold, "stopped": None, "verdicts": []}
-    if response is None:
-        if record["flagged"]:
-            return record | {"stopped": "prompt", "categories": categories}
-        response = answer(guard, prompt_ids, max_new_tokens)
-    ids = encode(guard.tokenizer, prompt, response)
-    [(unsafe, categories)] = probabilities(guard, [ids])
-    if unsafe >= threshold and record["response"] is None:
-        record["stopped"] = "response"
-    record |= {"response": response, "response_unsafe_probability": unsafe, "flagged": unsafe >= threshold}
-    return record | {"verdicts": [[len(ids) - len(prompt_ids), unsafe]], "categories": categories}
+    ids = encode(guard.tokenizer, prompt, history=history)
+    if response is None and len(ids) + options["max_new_tokens"] <= guard.max_tokens:
+        [(answer, verdicts, stopped)] = guard.generate([ids], threshold, **options)
+        response = None if stopped == "prompt" else guard.tokenizer.decode(answer, skip_special_tokens=True)
+    else:
+        texts = [ids] if response is None else [ids, encode(guard.tokenizer, prompt, response, history)]
+        judged = guard.score(texts).double().sigmoid().tolist()
+        verdicts = [(len(text) - len(ids), verdict) for text, verdict in zip(texts, judged, strict=True)]
+        stopped = "prompt" if response is None and judged[0][0] >= threshold else None
+    unsafe, *others = verdicts[-1][1]
+    return {
+        "prompt": prompt,
+        "prompt_unsafe_probability": verdicts[0][1][0],
+        "response": response,
+        "response_unsafe_probability": None if response is None else unsafe,
+        "flagged": unsafe >= threshold,
+        "stopped": stopped,
+        "verdicts": [[tokens, verdict[0]] for tokens, verdict in verdicts if tokens],
+        "categories": dict(zip(guard.categories, others, strict=True)),
+    }
 
 
-def answer(guard, prompt_ids, max_new_tokens):
-    """What the chat model answers, greedily: the plain chat path, for the gate is shut."""
-    if len(prompt_ids) + max_new_tokens > guard.max_tokens:
-        raise UserError(f"a prompt of {len(prompt_ids)} tokens leaves no room for {max_new_tokens} more in the context")
-    ids = torch.tensor([prompt_ids], device=guard.chat_model.device)  # (1, T)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": guard.tokenizer.pad_token_id}
-    output = guard.chat_model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    return guard.tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
-
-
-def score_file(guard, source, target, threshold, chunk_rows=512):
-    """Write each row of a JSONL file with its verdict added, in the same order; `target` appears when all are done."""
-    aside = target.with_name(f"{target.name}.tmp")
-    if any(path.exists() and path.samefile(source) for path in (target, aside)):
-        raise UserError(f"writing {target} would destroy the input {source}; name another --output")
-    with open(aside, "w", encoding="utf-8") as out, tqdm(unit=" rows") as bar:
-        lines = read_jsonl(source)
-        while chunk := list(itertools.islice(lines, chunk_rows)):
-            texts = [check_text(row, f"{source}, line {number}") for number, row in chunk]
-            judged = probabilities(guard, [encode(guard.tokenizer, *pair) for pair in texts])
-            for (_, row), (unsafe, categories) in zip(chunk, judged, strict=True):
-                row |= {"unsafe_probability": unsafe, "flagged": unsafe >= threshold, "categories": categories}
-                out.write(json.dumps(row) + "\n")
-            bar.update(len(chunk))
-    os.replace(aside, target)
+def outcome(record):
+    """What the guard made of a turn, in a line."""
+    top = sorted(record["categories"].items(), key=lambda item: -item[1])[:3]
+    kinds = "".join(f", {name} {probability:.3f}" for name, probability in top)
+    if record["stopped"] == "prompt":
+        return f"[refused, the prompt is flagged: unsafe {record['prompt_unsafe_probability']:.3f}{kinds}]"
+    if record["response"] is None:
+        return "[no answer: the conversation leaves no room for one in the model's context]"
+    cut = f"stopped after {record['verdicts'][-1][0]} tokens, flagged: " if record["stopped"] else ""
+    return f"[{cut}unsafe {record['response_unsafe_probability']:.3f}{kinds}]"
 
 
 def show(record):
     """Print a turn for human eyes; what the guard stopped is not shown."""
-    top = sorted(record["categories"].items(), key=lambda item: -item[1])[:3]
     print(f"prompt   {record['prompt_unsafe_probability']:.3f}  {record['prompt']}")
-    if record["stopped"] == "prompt":
-        print("answer          refused, for the prompt is flagged")
-    else:
-        text = "withheld, for it is flagged" if record["stopped"] else record["response"]
-        print(f"answer   {record['response_unsafe_probability']:.3f}  {text}")
-    print(f"categories      {', '.join(f'{name} {probability:.3f}' for name, probability in top)}\n")
+    if record["response"] is not None and not record["stopped"]:
+        print(f"answer   {record['response_unsafe_probability']:.3f}  {record['response']}")
+    print(f"{outcome(record)}\n")
+
+
+class Screen(TextStreamer):
+    """Shows an answer while it comes, wrapped to the terminal, with the running verdict at the right margin."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.column = 0
+
+    def room(self):
+        """Columns for text: all but the margin, or all where that would be too few."""
+        columns = shutil.get_terminal_size().columns
+        return columns - 7 if columns > 40 else columns
+
+    def put_verdict(self, tokens, probabilities):
+        if self.room() < (columns := shutil.get_terminal_size().columns):
+            # The cursor is put back, so that the text goes on where it was.
+            print(f"\x1b7\x1b[{columns - 4}G\x1b[2m{probabilities[0]:.3f}\x1b8", end="", flush=True)
+
+    def on_finalized_text(self, text, stream_end=False):
+        for word in re.findall(r"\s|\S+", text):
+            if word == "\n" or (self.column and self.column + sum(map(cells, word)) > self.room()):
+                self.newline()
+            for char in word if self.column else word.strip():
+                if self.column + cells(char) > self.room():
+                    self.newline()
+                # A control character could move the cursor, or worse.
+                print("" if unicodedata.category(char) == "Cc" else char, end="")
+                self.column += cells(char)
+        if stream_end:
+            self.newline()
+        sys.stdout.flush()
+
+    def newline(self):
+        print()
+        self.column = 0
+
+
+def cells(char):
+    """How many columns of a terminal a character takes."""
+    if unicodedata.category(char) in ("Cc", "Cf", "Me", "Mn"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "FW" else 1
+
+
+def chat(guard, threshold, **options):
+    """A conversation on a terminal: Ctrl-C stops the answer, Ctrl-D leaves, and a flagged turn is forgotten."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  gives input() the arrow keys
+    history, interrupted = [], []
+    # Ctrl-C asks for an end, rather than tearing a forward pass apart: what there is of the answer gets its verdict.
+    options["stopping_criteria"] = [lambda ids, scores: torch.full((len(ids),), bool(interrupted), device=ids.device)]
+    while True:
+        try:
+            prompt = input("> ")
+        except KeyboardInterrupt:
+            prompt = print() or ""
+        except EOFError:
+            return print()
+        if not prompt.strip():
+            continue
+        interrupted.clear()
+        handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+        try:
+            record = moderate_turn(guard, prompt, None, threshold, history, streamer=Screen(guard.tokenizer), **options)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        print(f"{outcome(record)}\n")
+        if record["response"] is None and not record["stopped"]:
+            history.clear()
+        elif not record["stopped"]:
+            history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": record["response"]}]
+
+
+def piped():
+    """The lines on standard input, where that is a pipe or a file."""
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        yield from filter(None, map(str.strip, sys.stdin))
+
+
+def score_file(guard, source, target, threshold, chunk_rows=256):
+    """Write each row of a JSONL file with its verdict added, in the same order; rows that `target` has are not judged.
+
+    The processes of `accelerate launch` share the rows. Raises UserError for a bad line, before any row is judged, and
+    for a `target` that this input, guard and threshold did not make.
+    """
+    if target.exists() and target.samefile(source):
+        raise UserError(f"writing {target} would destroy the input; name another --output")
+    total = sum(1 for number, row in read_jsonl(source) if check_text(row, f"{source}, line {number}"))
+    accelerator, there = Accelerator(), rows_there(guard, source, target, threshold)
+    accelerator.wait_for_everyone()  # or a slower process would count what this one writes
+    rows = itertools.islice((row for _, row in read_jsonl(source)), there, None)
+    bar = tqdm(initial=there, total=total, unit=" rows", disable=not accelerator.is_main_process)
+    with open(target, "ab") as out, bar:
+        while chunk := list(itertools.islice(rows, chunk_rows)):
+            with accelerator.split_between_processes(chunk) as share:
+                texts = [encode(guard.tokenizer, *check_text(row, source)) for row in share]
+            judged = gather_object(guard.score(texts).double().sigmoid().tolist())
+            if accelerator.is_main_process:
+                # Not strict, for a process that is left without a row has judged the last one again.
+                for row, probabilities in zip(chunk, judged, strict=False):
+                    out.write(judged_line(guard, threshold, row, *probabilities))
+                out.flush()
+            bar.update(len(chunk))
+
+
+def judged_line(guard, threshold, row, unsafe, *others):
+    categories = dict(zip(guard.categories, others, strict=True))
+    verdict = {"unsafe_probability": unsafe, "flagged": unsafe >= threshold, "categories": categories}
+    return (json.dumps(row | verdict) + "\n").encode()
+
+
+def rows_there(guard, source, target, threshold):
+    """How many rows `target` has; a last line that is cut off, for the run was killed, is taken out."""
+    there = size = 0
+    rows = (row for _, row in read_jsonl(source))
+    with open(target, "rb") if target.exists() else io.BytesIO() as file:
+        for line in file:
+            if there and not line.endswith(b"\n"):
+                os.truncate(target, size)
+                break
+            try:
+                found = json.loads(line)
+                found = found["unsafe_probability"], *found["categories"].values()
+                is_ours = line == judged_line(guard, threshold, next(rows), *found)
+            except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
+                is_ours = False
+            if not is_ours:
+                where = f"line {there + 1} of {target}"
+                raise UserError(f"{where} is no verdict of this guard and threshold on {source}; name another --output")
+            there, size = there + 1, size + len(line)
+    return there
 
 
 def main():
     args = parse_arguments()
-    guard, threshold = load_guard(args.config, args.adapter, find_device(args.device_id))
+    guard, threshold = load_guard(args.config, args.adapter, args.device_id)
     threshold = threshold if args.threshold is None else args.threshold
     if math.isnan(threshold):
         raise UserError("the threshold is not a number, so nothing would ever be flagged")
     if args.input:
         return score_file(guard, args.input, args.output, threshold)
-    for prompt in EXAMPLES if args.prompt is None else [args.prompt]:
-        record = moderate_turn(guard, prompt, args.response, threshold, args.max_new_tokens)
-        print(json.dumps(record), flush=True) if args.json else show(record)
+    if Accelerator().num_processes > 1:
+        raise UserError("several processes can share the rows of --input, and nothing else")
+    options = {"max_new_tokens": args.max_new_tokens, "verdict_every": args.verdict_every}
+    if args.temperature or args.top_p:
+        options |= {"do_sample": True, "temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0}
+    if args.prompt is None and not args.json and sys.stdin.isatty() and sys.stdout.isatty():
+        return chat(guard, threshold, **options)
+    lines = piped() if args.prompt is None else iter([])
+    if first := next(lines, None):
+        prompts = itertools.chain([first], lines)
+    else:
+        prompts = EXAMPLES if args.prompt is None else [args.prompt]
+    for prompt in prompts:
+        record = moderate_turn(guard, prompt, args.response, threshold, **options)
+        if args.json:
+            print(json.dumps(record), flush=True)
+        elif first:
+            text = None if record["stopped"] else record["response"]
+            print(outcome(record) if text is None else " ".join(text.split()), flush=True)
+        else:
+            show(record)
+    if record["response"] is None and not record["stopped"]:
+        raise UserError("the prompt leaves no room for an answer in the model's context; lower --max-new-tokens")
 
 
 if __name__ == "__main__":

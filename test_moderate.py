@@ -2,6 +2,10 @@
 
 import json
 import os
+import pty
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import model
 import moderate
 from conftest import make_guard
 from data import encode
 from lora import UserError
-from moderate import moderate_turn, score_file
+from model import Answer, GuardedChat
+from moderate import Screen, chat, moderate_turn, score_file
 
 FIELDS = ["prompt", "prompt_unsafe_probability", "response", "response_unsafe_probability", "flagged", "stopped"]
 FIELDS += ["verdicts", "categories"]
@@ -47,7 +53,7 @@ def probabilities(guard, *texts):
 def test_a_given_pair_is_scored_and_nothing_generated(files, monkeypatch, capsys):
     """Kills: a verdict on the prompt alone, a field that is left out or misnamed, anything else on standard output."""
     guard = make_guard()
-    monkeypatch.setattr(moderate, "answer", None)
+    monkeypatch.setattr(GuardedChat, "generate", None)
     record = json.loads(run(monkeypatch, capsys, *files, "--prompt", "hi", "--response", "the answer", "--json"))
     assert list(record) == FIELDS
     unsafe, *kinds = probabilities(guard, "hi", "the answer")
@@ -59,14 +65,22 @@ def test_a_given_pair_is_scored_and_nothing_generated(files, monkeypatch, capsys
     assert record["verdicts"] == [[count, record["response_unsafe_probability"]]]
 
 
-def test_the_answer_is_the_chat_models_own():
-    """Kills: an answer generated with the gate open, a bound that is not kept."""
+def test_one_turn_is_generated_and_judged_as_it_grows(files, monkeypatch, capsys):
+    """Kills: an option that does not arrive, an answer not the chat model's own, the prompt among the verdicts."""
     guard, plain = make_guard(), make_guard(trained=False)
-    ours = moderate_turn(guard, "hi", None, 2.0, 12)
+    options = ["--threshold=2", "--max-new-tokens=12", "--verdict-every=5", "--json"]
+    record = json.loads(run(monkeypatch, capsys, *files, "--prompt", "hi", *options))
+    assert list(record) == FIELDS
     ids = encode(plain.tokenizer, "hi")
-    output = plain.chat_model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
-    assert ours["response"] == plain.tokenizer.decode(output, skip_special_tokens=True) != ""
-    assert ours["stopped"] is None and not ours["flagged"]
+    output = plain.chat_model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+    assert record["response"] == plain.tokenizer.decode(output, skip_special_tokens=True) != ""
+    assert record["stopped"] is None and not record["flagged"]
+    wanted = torch.sigmoid(guard.score([ids + output[:n] for n in (0, 5, 10, 12)])).tolist()
+    assert record["prompt_unsafe_probability"] == pytest.approx(wanted[0][0], abs=1e-5)
+    assert [n for n, _ in record["verdicts"]] == [5, 10, 12]
+    assert [verdict for _, verdict in record["verdicts"]] == pytest.approx([row[0] for row in wanted[1:]], abs=1e-5)
+    assert record["response_unsafe_probability"] == record["verdicts"][-1][1]
+    assert list(record["categories"].values()) == pytest.approx(wanted[-1][1:], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +90,48 @@ def test_what_stops_a_turn(monkeypatch, prompt, response, stopped):
     """Kills: an answer to a flagged prompt, a flagged answer that passes, a threshold that is not read."""
     guard = make_guard()
     length = len(encode(guard.tokenizer, "hi"))
-    scores = {True: prompt, False: response}
-    monkeypatch.setattr(guard, "score", lambda rows: torch.tensor([[scores[len(ids) == length]] * 3 for ids in rows]))
-    record = moderate_turn(guard, "hi", None, 0.5, 5)
+
+    def judge(cache, mask=None):
+        return torch.full((1, 3), prompt if cache.get_seq_length() == length else response)
+
+    monkeypatch.setattr(guard, "judge", judge)
+    options = {"max_new_tokens": 6, "verdict_every": 4}
+    record = moderate_turn(guard, "hi", None, 0.5, **options)
     assert record["stopped"] == stopped and record["flagged"] == (stopped is not None)
-    assert (record["response"] is None) == (stopped == "prompt")
-    assert moderate_turn(guard, "hi", None, 1.1, 5)["stopped"] is None
-    assert moderate_turn(guard, "hi", "the answer", 0.5, 5)["stopped"] is None
+    assert (record["response"] is None) == (stopped == "prompt") == (record["response_unsafe_probability"] is None)
+    assert [n for n, _ in record["verdicts"]] == {"prompt": [], "response": [4], None: [4, 6]}[stopped]
+    assert moderate_turn(guard, "hi", None, 1.1, **options)["stopped"] is None
+    monkeypatch.undo()
+    assert moderate_turn(guard, "hi", "the answer", 0.0)["stopped"] is None
+
+
+def test_sampling_is_off_until_asked_for(files, monkeypatch, capsys):
+    """Kills: an option that does not arrive, one that switches sampling on without being given."""
+    given = []
+    monkeypatch.setattr(
+        GuardedChat, "generate", lambda *_, **options: given.append(options) or [([], [(0, [0.1] * 3)], None)]
+    )
+    for options in ([], ["--temperature=0.5"], ["--top-p=0.9"]):
+        run(monkeypatch, capsys, *files, "--prompt=a", *options)
+    always = {"max_new_tokens": 128, "verdict_every": 16}
+    sampled = always | {"do_sample": True}
+    assert given == [always, sampled | {"temperature": 0.5, "top_p": 1.0}, sampled | {"temperature": 1.0, "top_p": 0.9}]
+
+
+def test_a_prompt_without_room_for_an_answer_is_judged_in_windows_and_not_answered(files, monkeypatch, capsys):
+    """Kills: a crash, a prompt cut in silence, a verdict that is lost with the answer."""
+    guard, prompt = make_guard(), "how is the bread? " * 60
+    ids = encode(guard.tokenizer, prompt)
+    assert len(ids) > guard.max_tokens
+    record = moderate_turn(guard, prompt, None, 2.0, max_new_tokens=5)
+    assert record["response"] is record["stopped"] is record["response_unsafe_probability"] is None
+    assert record["prompt_unsafe_probability"] == pytest.approx(
+        float(torch.sigmoid(guard.score([ids])[0, 0])), abs=1e-6
+    )
+    assert moderate_turn(guard, prompt, None, 0.0, max_new_tokens=5)["stopped"] == "prompt"
+    with pytest.raises(UserError, match="leaves no room"):
+        run(monkeypatch, capsys, *files, "--prompt", prompt, "--threshold=2", "--json")
+    assert json.loads(capsys.readouterr().out)["prompt"] == prompt
 
 
 def test_a_file_comes_back_in_order_with_its_verdicts(files, monkeypatch, capsys, tmp_path):
@@ -91,7 +140,6 @@ def test_a_file_comes_back_in_order_with_its_verdicts(files, monkeypatch, capsys
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 3) + "\n")
     score_file(guard, tmp_path / "in.jsonl", tmp_path / "chunks.jsonl", 0.4, chunk_rows=2)
     run(monkeypatch, capsys, *files, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-    assert not list(tmp_path.glob("*.tmp"))
     for name in ("chunks.jsonl", "out.jsonl"):
         found = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         assert len(found) == 9
@@ -117,8 +165,8 @@ def test_a_file_comes_back_in_order_with_its_verdicts(files, monkeypatch, capsys
         '{"prompt": "a", "response": 1}',
     ],
 )
-def test_a_bad_line_is_refused_by_number_and_no_output_appears(line, tmp_path):
-    """Kills: a line skipped in silence, an output that is cut off there, an earlier output that is lost."""
+def test_a_bad_line_is_refused_by_number_before_anything_is_judged(line, tmp_path):
+    """Kills: a line skipped in silence, a mistake that is found after hours, an earlier output that is lost."""
     (tmp_path / "in.jsonl").write_text(json.dumps(ROWS[0]) + "\n\n" + line + "\n", errors="surrogateescape")
     (tmp_path / "out.jsonl").write_text("earlier\n")
     with pytest.raises(UserError, match="line 3"):
@@ -127,57 +175,306 @@ def test_a_bad_line_is_refused_by_number_and_no_output_appears(line, tmp_path):
 
 
 def test_an_output_that_would_destroy_the_input_is_refused(tmp_path):
-    """Kills: writing over the input, or over it by the file that is written aside."""
-    for name, output in (("in.jsonl", "in.jsonl"), ("out.jsonl.tmp", "out.jsonl")):
-        (tmp_path / name).write_text(json.dumps(ROWS[0]) + "\n")
+    """Kills: writing over the input."""
+    (tmp_path / "in.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    os.link(tmp_path / "in.jsonl", tmp_path / "link.jsonl")
+    for output in ("in.jsonl", "link.jsonl"):
         with pytest.raises(UserError, match="destroy"):
-            score_file(make_guard(), tmp_path / name, tmp_path / output, 0.5)
-        assert json.loads((tmp_path / name).read_text()) == ROWS[0]
+            score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / output, 0.5)
+    assert json.loads((tmp_path / "in.jsonl").read_text()) == ROWS[0]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.62, 1.0])
+def test_a_killed_scoring_goes_on_where_it_was(kept, tmp_path, monkeypatch):
+    """Kills: rows judged twice or left out, half a line kept, a finished file that is scored anew."""
+    guard, source, target = make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row | {"flagged": "by hand"}) + "\n" for row in ROWS * 3))
+    score_file(guard, source, target, 0.4, chunk_rows=2)
+    whole = target.read_bytes()
+    target.write_bytes(whole[: int(kept * len(whole))])
+    there, score, judged = target.read_bytes().count(b"\n"), guard.score, []
+    monkeypatch.setattr(guard, "score", lambda rows: judged.extend(rows) or score(rows))
+    score_file(guard, source, target, 0.4, chunk_rows=2)
+    assert len(judged) == 9 - there and (kept in (0, 1) or 0 < there < 9)
+    for ours, wanted in zip(target.read_bytes().splitlines(), whole.splitlines(), strict=True):
+        ours, wanted = json.loads(ours), json.loads(wanted)
+        assert ours.pop("unsafe_probability") == pytest.approx(wanted.pop("unsafe_probability"), abs=1e-6)
+        assert ours.pop("categories") == pytest.approx(wanted.pop("categories"), abs=1e-6)
+        assert ours == wanted
+
+
+FOREIGN = {  # from an output of ours, files that the rows, guard and threshold of the test do not make
+    "another file": lambda whole: b"earlier\n",
+    "without a line break": lambda whole: b"earlier",
+    "an empty line": lambda whole: b"\n" + whole,
+    "not text": lambda whole: b"\xff\xfe\n",
+    "another row": lambda whole: b"".join(whole.splitlines(keepends=True)[1:]),
+    "a row too many": lambda whole: whole + whole.splitlines(keepends=True)[-1],
+    "another threshold": lambda whole: whole.replace(b'"flagged": true', b'"flagged": false', 1),
+    "other categories": lambda whole: whole.replace(b'"theft"', b'"arson"', 1),
+    "no verdict": lambda whole: json.dumps(ROWS[0]).encode() + b"\n",
+    "a list": lambda whole: b"[]\n",
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+def test_an_output_of_something_else_is_refused_and_kept(change, tmp_path):
+    """Kills: rows appended to another file, a file that is cut off or lost, two thresholds in one file."""
+    guard, source, target = make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    score_file(guard, source, target, 0.0)
+    content = change(target.read_bytes())
+    target.write_bytes(content)
+    with pytest.raises(UserError, match=r"line \d of .*out\.jsonl.*another --output"):
+        score_file(guard, source, target, 0.0)
+    assert target.read_bytes() == content
+
+
+def test_two_processes_share_the_rows_of_a_file(files, tmp_path):
+    """Kills: rows judged twice, in another order or by nobody, two processes that write."""
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row | {"n": n}) + "\n" for n, row in enumerate(ROWS * 86)))
+    command = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "two.jsonl"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi-gpu", "--num-processes=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launch, moderate.__file__, *files, *command], env=environment, timeout=300)
+    assert result.returncode == 0
+    found = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
+    assert [row["n"] for row in found] == list(range(258))  # two chunks, the second of two rows
+    for row, wanted in zip(found[-4:], (ROWS * 86)[-4:], strict=True):
+        unsafe = probabilities(make_guard(), wanted["prompt"], wanted.get("response"))[0]
+        assert row["unsafe_probability"] == pytest.approx(unsafe, abs=1e-6)
+    refused = subprocess.run([*launch, moderate.__file__, *files], env=environment, capture_output=True, timeout=300)
+    assert b"several processes" in refused.stderr
 
 
 def test_a_probability_at_the_threshold_is_flagged(monkeypatch, tmp_path):
     """Kills: > for >=."""
     guard = make_guard()
     monkeypatch.setattr(guard, "score", lambda rows: torch.zeros(len(rows), 3))
-    assert moderate_turn(guard, "hi", "the answer", 0.5, 5)["flagged"]
-    assert moderate_turn(guard, "hi", None, 0.5, 5)["stopped"] == "prompt"
+    assert moderate_turn(guard, "hi", "the answer", 0.5)["flagged"]
     (tmp_path / "in.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     score_file(guard, tmp_path / "in.jsonl", tmp_path / "out.jsonl", 0.5)
     assert json.loads((tmp_path / "out.jsonl").read_text())["flagged"]
 
 
+def answers(monkeypatch, *texts):
+    """Let the guard give these answers, unflagged, whatever it is asked."""
+    queue = list(texts) * 9
+
+    def generate(guard, conversations, threshold, **options):
+        ids = guard.tokenizer(queue.pop(0)).input_ids
+        stopped = "prompt" if threshold <= 0 else None
+        return [
+            Answer([] if stopped else ids, [(0, [0.1] * 3), *([] if stopped else [(len(ids), [0.2] * 3)])], stopped)
+        ]
+
+    monkeypatch.setattr(GuardedChat, "generate", generate)
+
+
 def test_without_text_the_built_in_prompts_are_shown(files, monkeypatch, capsys):
     """Kills: a command that needs arguments, a threshold option that is not read, output that --json does not own."""
-    monkeypatch.setattr(moderate, "answer", lambda guard, ids, count: "the answer")
-    lines = run(monkeypatch, capsys, *files, "--json", "--threshold=1.1").splitlines()
-    assert [json.loads(line)["prompt"] for line in lines] == moderate.EXAMPLES
-    assert run(monkeypatch, capsys, *files, "--threshold=1.1").count("the answer") == len(moderate.EXAMPLES)
-    refused = run(monkeypatch, capsys, *files, "--threshold=0")
+    answers(monkeypatch, "the answer")
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        lines = run(monkeypatch, capsys, *files, "--json").splitlines()
+        assert [json.loads(line)["prompt"] for line in lines] == moderate.EXAMPLES
+        assert run(monkeypatch, capsys, *files).count("the answer") == len(moderate.EXAMPLES)
+        refused = run(monkeypatch, capsys, *files, "--threshold=0")
     assert refused.count("refused") == len(moderate.EXAMPLES) and "the answer" not in refused
 
 
-def test_a_flagged_answer_is_not_shown(monkeypatch, capsys):
-    """Kills: printing what the guard stopped."""
-    record = moderate_turn(make_guard(), "hi", "how is the bread?", 0.0, 5) | {"stopped": "response"}
+def test_a_pipe_gives_one_answer_a_line(files, monkeypatch, capsys, tmp_path):
+    """Kills: an answer with line breaks of its own, lines read as one prompt, a blank or broken line as the end."""
+    answers(monkeypatch, "the answer\nis  long", "or")
+    (tmp_path / "lines").write_bytes(b"hi\n\n  \n\xff how?\n")
+    for options, wanted in ((["--threshold=1"], "the answer is long\nor\n"), (["--threshold=0"], None)):
+        with open(tmp_path / "lines") as lines:
+            monkeypatch.setattr(sys, "stdin", lines)
+            found = run(monkeypatch, capsys, *files, *options)
+        assert found == wanted or (wanted is None and found.count("[refused") == found.count("\n") == 2)
+    with open(tmp_path / "lines") as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        found = run(monkeypatch, capsys, *files, "--json")
+    assert [json.loads(line)["prompt"] for line in found.splitlines()] == ["hi", "\ufffd how?"]
+
+
+def test_a_reader_that_leaves_is_no_error(files):
+    """Kills: a traceback, or a complaint at exit, for a broken pipe."""
+    command = [sys.executable, moderate.__file__, *files, "--json", "--max-new-tokens=2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    process.stdin.write("hi\n" * 50)
+    process.stdin.close()
+    errors = process.stderr.read()
+    assert process.wait(120) == 1
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
+
+
+def test_what_is_stopped_is_not_shown(capsys):
+    """Kills: printing what the guard stopped, an outcome without its reason."""
+    record = {"prompt": "hi", "prompt_unsafe_probability": 0.1, "response": "bread", "response_unsafe_probability": 0.9}
+    record |= {"stopped": "response", "verdicts": [[16, 0.2], [32, 0.9]], "categories": {"theft": 0.3, "hate": 0.8}}
     moderate.show(record)
-    assert "bread" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "bread" not in shown and "stopped after 32 tokens, flagged: unsafe 0.900, hate 0.800, theft 0.300" in shown
+
+
+class Terminal:
+    """What a terminal of some width shows: enough of one for what Screen prints."""
+
+    def __init__(self, columns):
+        self.columns, self.rows, self.at, self.saved = columns, [{}], 0, 0
+
+    def write(self, text):
+        for code, char in re.findall(r"\x1b(\[\d*[A-Za-z]|[78])|(.|\n)", text):
+            if code in ("7", "8"):
+                self.saved, self.at = (self.at, self.at) if code == "7" else (self.saved, self.saved)
+            elif code.endswith("G"):
+                self.at = int(code[1:-1]) - 1
+            elif char == "\n":
+                self.rows.append({})
+                self.at = 0
+            elif char and moderate.cells(char):
+                assert char.isprintable() and self.at < self.columns, "the terminal would wrap by itself"
+                assert self.at not in self.rows[-1] or code, "text over text"
+                self.rows[-1][self.at] = char
+                self.at += moderate.cells(char)
+
+    def flush(self):
+        pass
+
+    def lines(self):
+        return ["".join(row.get(at, " ") for at in range(self.columns)).rstrip() for row in self.rows]
+
+
+def screen(monkeypatch, columns, *pieces):
+    """Lines of a terminal on which a Screen has shown the pieces: text, or a verdict's probability."""
+    terminal, shown = Terminal(columns), Screen(None)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(sys, "stdout", terminal)
+    for piece in pieces:
+        shown.on_finalized_text(piece) if isinstance(piece, str) else shown.put_verdict(0, [piece])
+    shown.on_finalized_text("", stream_end=True)
+    monkeypatch.undo()
+    return terminal.lines()
+
+
+def test_the_running_verdict_stands_beside_the_text(monkeypatch):
+    """Kills: a verdict in the text or under it, a cursor that is not put back, text that runs into the margin."""
+    text = "the quick brown fox jumps over the lazy dog again and "
+    assert screen(monkeypatch, 50, 0.1234, text[:8], text[8:], 0.5, "again\n\nend", 0.75) == [
+        "the quick brown fox jumps over the lazy dog  0.123",
+        "again and again                              0.500",
+        "",
+        "end                                          0.750",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("columns", [1, 3, 10, 40, 41, 200])
+def test_text_is_wrapped_at_words_and_a_longer_word_anywhere(monkeypatch, columns):
+    """Kills: a word torn apart that would fit, an endless loop where none fits, characters lost or wide ones halved."""
+    text = "aa bbbb\tcc\n" + "d" * 60 + " \u4e2d\u6587\u4e2d\u6587 e\u0301 f"
+    lines = screen(monkeypatch, max(columns, 2), text)
+    # A wide character leaves a space in the list of cells; the accent has no cell of its own.
+    assert re.sub(r"\s", "", "".join(lines)) == re.sub(r"[\s\u0301]", "", text)
+    if columns >= 10:
+        assert any("bbbb" in line for line in lines)
+
+
+def test_control_characters_of_the_model_do_not_reach_the_terminal(monkeypatch, capsys):
+    """Kills: an answer that moves the cursor, clears the screen or sets the title."""
+    shown = Screen(None)
+    shown.on_finalized_text("a\x1b[2Jb\x07\r\x9bc", stream_end=True)
+    assert capsys.readouterr().out == "a[2Jbc\n"
+
+
+def talk(monkeypatch, guard, lines, **options):
+    """Run chat() on these lines; a KeyboardInterrupt among them is raised at the prompt."""
+    queue = iter([*lines, EOFError()])
+
+    def read(prompt):
+        line = next(queue)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    chat(guard, **{"threshold": 2.0, "max_new_tokens": 6, "verdict_every": 2, **options})
+
+
+def test_a_chat_keeps_what_was_said_and_forgets_what_was_flagged(monkeypatch, capsys):
+    """Kills: a conversation of one turn, a flagged turn that is kept, a blank line or Ctrl-C as the end."""
+    guard, asked, bad = make_guard(), [], {1}
+    generate = GuardedChat.generate
+
+    def spy(guard, conversations, threshold, **options):
+        asked.append(guard.tokenizer.decode(conversations[0]))
+        return generate(guard, conversations, 0.0 if len(asked) - 1 in bad else threshold, **options)
+
+    monkeypatch.setattr(GuardedChat, "generate", spy)
+    talk(monkeypatch, guard, ["one", "  ", KeyboardInterrupt(), "two", "three"])
+    assert len(asked) == 3
+    assert "one" in asked[2] and "two" not in asked[2] and asked[2].count("assistant") == 2
+    assert asked[2].startswith(asked[0])
+    shown = capsys.readouterr().out
+    assert shown.count("[refused") == 1 and shown.count("[unsafe") == 2
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys):
+    """Kills: a chat that ends, an answer that goes on, an end without a verdict, a handler that stays behind."""
+    guard, handler = make_guard(), signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(
+        Screen, "put_verdict", lambda self, tokens, probabilities: tokens == 2 and signal.raise_signal(signal.SIGINT)
+    )
+    records, turn = [], moderate.moderate_turn
+    monkeypatch.setattr(moderate, "moderate_turn", lambda *a, **o: records.append(turn(*a, **o)) or records[-1])
+    talk(monkeypatch, guard, ["one", "two"], max_new_tokens=9)
+    assert [[n for n, _ in record["verdicts"]] for record in records] == [[2, 3]] * 2
+    assert signal.getsignal(signal.SIGINT) is handler and not guard.gate.is_open
+
+
+def test_a_conversation_that_fills_the_context_starts_anew(monkeypatch, capsys):
+    """Kills: a chat that ends there, or that can never be gone on with."""
+    guard = make_guard()
+    talk(monkeypatch, guard, ["how is the bread? " * 5] * 7)
+    shown = capsys.readouterr().out
+    assert shown.count("no answer") >= 1 and shown.rstrip().splitlines()[-1].startswith("[unsafe")
+
+
+def test_on_a_terminal_the_command_is_a_chat(files):
+    """Kills: a chat that does not start, that Ctrl-D does not end, or that never shows an answer."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, moderate.__file__, *files, "--max-new-tokens=4", "--threshold=2"]
+    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=subprocess.PIPE)
+    os.close(follower)
+    shown = b""
+    for wanted, reply in ((b"> ", b"hi\n"), (b"[unsafe", b""), (b"> ", b"\x04")):
+        while wanted not in shown:
+            shown += os.read(leader, 1000)
+        shown = shown.split(wanted, 1)[1]
+        os.write(leader, reply)
+    assert process.wait(60) == 0
+    os.close(leader)
 
 
 def test_the_newest_run_is_found_and_its_absence_explained(files, monkeypatch, tmp_path):
     """Kills: the oldest run, a run without an adapter, one before the shipped guard, a traceback for none."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(moderate, "__file__", str(tmp_path / "moderate.py"))
+    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
     with pytest.raises(UserError, match=r"python train\.py"):
-        moderate.find_config()
+        model.find_config()
     for number in (2, 10, 1):
         Path(f"runs/{number}").mkdir(parents=True)
         Path(f"runs/{number}/adapter.safetensors").touch()
     Path("runs/3").mkdir()
     os.utime("runs/10/adapter.safetensors", (2e9, 2e9))
-    assert moderate.find_config() == Path("runs/10/config.json")
+    assert model.find_config() == Path("runs/10/config.json")
     Path("guard").mkdir()
     Path("guard/config.json").touch()
-    assert moderate.find_config() == tmp_path / "guard/config.json"
+    assert model.find_config() == tmp_path / "guard/config.json"
 
 
 BAD_ARGUMENTS = {
@@ -186,6 +483,12 @@ BAD_ARGUMENTS = {
     "response alone": ["--response=a"],
     "two uses": ["--prompt=a", "--input=in.jsonl", "--output=out.jsonl"],
     "no tokens": ["--prompt=a", "--max-new-tokens=0"],
+    "no step": ["--prompt=a", "--verdict-every=0"],
+    "no prompt": ["--prompt="],
+    "a blank prompt": ["--prompt= \n"],
+    "cold": ["--prompt=a", "--temperature=0"],
+    "hot": ["--prompt=a", "--temperature=inf"],
+    "more than all": ["--prompt=a", "--top-p=1.1"],
     "a threshold that is no number": ["--threshold=nan"],
     "no room": ["--prompt=a", "--threshold=2", "--max-new-tokens=999"],
 }
