@@ -1,6 +1,17 @@
-"""Scores to metrics, in numpy. A score is higher the more harmful a text looks; a label is 1 for harmful, 0 for not."""
+"""How good a guard is: labelled rows to scores, and scores to metrics, in numpy.
+
+A score is higher the more harmful a text looks; a label is 1 for harmful, 0 for not.
+"""
+
+import argparse
+import json
+from pathlib import Path
 
 import numpy as np
+
+from data import check_labels, encode, read_rows
+from lora import UserError, run
+from model import load_guard
 
 
 def _curve(labels, scores):
@@ -46,3 +57,65 @@ def metrics(labels, scores, threshold):
         "fpr": share(~labels & flagged, ~labels),
         "auprc": average_precision(labels, scores),
     }
+
+
+def running_scores(guard, rows, every):
+    """Unsafe probabilities as the answers grow, [[(tokens, probability), ...] for each row], the last on all of it."""
+    answers = []
+    for row in rows:
+        ids = encode(guard.tokenizer, row["prompt"], row["response"])
+        start = len(encode(guard.tokenizer, row["prompt"]))
+        answers.append([(tokens, ids[: start + tokens]) for tokens in range(every, len(ids) - start, every)])
+        answers[-1].append((len(ids) - start, ids))
+    scores = iter(guard.score([ids for answer in answers for _, ids in answer])[:, 0].double().sigmoid().tolist())
+    return [[(tokens, next(scores)) for tokens, _ in answer] for answer in answers]
+
+
+def running_metrics(labels, answers, threshold):
+    """What running verdicts add to the verdict on the whole answer. labels: (N,); answers: as running_scores gives."""
+    flags = [[tokens for tokens, score in answer if score >= threshold] for answer in answers]
+    lengths = [answer[-1][0] for answer in answers]
+    flagged = [(cuts[0], length) for cuts, length in zip(flags, lengths, strict=True) if length in cuts]
+    passed = [
+        cuts for label, cuts, length in zip(labels, flags, lengths, strict=True) if length not in cuts and not label
+    ]
+    return {
+        "flagged": len(flagged),
+        "flagged_by_half": float(np.mean([first <= length / 2 for first, length in flagged])) if flagged else None,
+        "median_token_of_first_flag": float(np.median([first for first, _ in flagged])) if flagged else None,
+        "safe_and_not_flagged": len(passed),
+        "of_these_cut_on_the_way": float(np.mean([bool(cuts) for cuts in passed])) if passed else None,
+    }
+
+
+def main():
+    usage = "%(prog)s [config.json] [adapter.safetensors] --dataset FILE ... [options]"
+    parser = argparse.ArgumentParser(description="Score labelled rows with a trained guard.", usage=usage)
+    add = parser.add_argument
+    add("config", nargs="?", type=Path, help="default: the guard in guard/, or else the newest run of train.py")
+    add("adapter", nargs="?", type=Path, help="default: adapter.safetensors beside the config")
+    add("--dataset", nargs="+", required=True, help="files or a hub id, as for train.py")
+    add("--device-id", type=int, help="number of the GPU, -1 for the CPU; default: the first GPU if there is one")
+    add("--threshold", type=float, help="default: the config's")
+    add("--verdict-every", type=int, default=16, metavar="N", help="tokens from verdict to verdict")
+    add("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    rows = [
+        check_labels(row, f"{source}, row {number}")
+        for source, _, some in read_rows(args.dataset)
+        for number, row in enumerate(some, 1)
+    ]
+    rows = [row for row in rows if row["response"] and row["response"].strip()]
+    if not rows or args.verdict_every < 1:
+        raise UserError("there must be rows with a response, and at least 1 token from verdict to verdict")
+    guard, threshold = load_guard(args.config, args.adapter, args.device_id)
+    threshold = threshold if args.threshold is None else args.threshold
+    labels, answers = np.array([not row["is_safe"] for row in rows]), running_scores(guard, rows, args.verdict_every)
+    result = {"rows": len(rows), "positives": int(labels.sum()), "threshold": threshold}
+    result |= metrics(labels, np.array([answer[-1][1] for answer in answers]), threshold)
+    result |= running_metrics(labels, answers, threshold)
+    print(json.dumps(result) if args.json else "\n".join(f"{name:28} {value}" for name, value in result.items()))
+
+
+if __name__ == "__main__":
+    run(main)

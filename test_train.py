@@ -14,7 +14,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 import train
+from conftest import make_tokenizer
+from data import encode, load_splits
 from lora import UserError
+from model import GuardedChat
 from test_data import make_rows, write
 from train import guard_loss, learning_rate
 
@@ -75,6 +78,31 @@ def test_a_run_learns_and_leaves_the_files_of_the_contract(path, model_folder, r
     assert counts["trained"] == sum(tensor.numel() for tensor in tensors(output).values())
     assert counts["guard_head"] == 3 * 32 + 3
     assert "epoch 6: train AUPRC" in capsys.readouterr().out
+
+
+def test_half_of_the_answers_are_cut_somewhere_anew_in_every_epoch(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: answers always whole, cuts in the prompt, the same cuts in every epoch, cuts in what is scored."""
+    seen, forward = {True: [], False: []}, GuardedChat.forward
+
+    def spy(guard, conversations):
+        seen[guard.training].extend(conversations)
+        return forward(guard, conversations)
+
+    monkeypatch.setattr(GuardedChat, "forward", spy)
+    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, "--epochs=2")
+    tokenizer, splits = make_tokenizer(), load_splits([rows])[0]
+    texts = {split: [encode(tokenizer, row["prompt"], row["response"]) for row in splits[split]] for split in splits}
+    starts = [len(encode(tokenizer, row["prompt"])) for row in splits["train"]]
+    cuts = []
+    for conversation in seen[True]:
+        [row] = [row for row, text in enumerate(texts["train"]) if text[: len(conversation)] == conversation]
+        assert starts[row] < len(conversation)
+        cuts.append((row, len(conversation)))
+    whole = sum(length == len(texts["train"][row]) for row, length in cuts)
+    assert 0.4 < whole / len(cuts) < 0.75  # a cut can also fall on the last token
+    half = len(cuts) // 2
+    assert len(set(cuts[:half]) & set(cuts[half:])) < 0.6 * half
+    assert all(conversation in texts["validation"] + texts["test"] for conversation in seen[False])
 
 
 COMMON = ["--epochs=2", "--learning-rate=0.005", "--lora-r=4"]

@@ -97,7 +97,9 @@ def main():
         targets["train"] = targets["train"][fits]
         if len(targets["train"][:, 0].unique()) < 2:
             raise UserError("the training rows that fit the context are not both safe and unsafe")
-    lengths = [len(ids) for ids in texts["train"]]
+    lengths = torch.tensor([len(ids) for ids in texts["train"]])
+    starts = [len(encode(tokenizer, row["prompt"])) for row, fit in zip(rows["train"], fits, strict=True) if fit]
+    starts = torch.tensor(starts).minimum(lengths)  # where the answers begin
     positives, known = targets["train"].nansum(0), (~targets["train"].isnan()).sum(0)
     # Without positives the weight would be infinite; as no term then carries it, any finite one serves.
     pos_weight = ((known - positives) / positives.clamp(min=1)).to(accelerator.device)
@@ -121,7 +123,10 @@ def main():
         # An epoch's order and dropout follow from the seed and its number alone, so that it can be run again.
         set_seed(args.seed + epoch, device_specific=True)
         generator = torch.Generator().manual_seed(args.seed + epoch)
-        batches = epoch_batches(lengths, args.per_device_batch_size, batches_per_update, generator)
+        # Half of the answers are cut at a random token: a running verdict is about an answer that is not finished.
+        ends = starts + ((lengths - starts) * (2 * torch.rand(len(lengths), generator=generator)).clamp(max=1)).ceil()
+        ends = ends.long().tolist()
+        batches = epoch_batches(ends, args.per_device_batch_size, batches_per_update, generator)
         batches = batches[accelerator.process_index :: accelerator.num_processes]
         bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=not accelerator.is_main_process)
         logit_sum, times = torch.zeros_like(targets["train"]), torch.zeros(len(lengths), 1)
@@ -131,7 +136,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(update, args.epochs * updates, args.learning_rate)
             with accelerator.accumulate(model):
-                logits = model([texts["train"][row] for row in batch])  # (B, 1 + K)
+                logits = model([texts["train"][row][: ends[row]] for row in batch])  # (B, 1 + K)
                 target = targets["train"][batch].to(accelerator.device)
                 loss = guard_loss(logits, target, pos_weight, guard.unsafe_head)
                 accelerator.backward(loss)
@@ -141,7 +146,7 @@ def main():
                 optimizer.zero_grad()
             logit_sum.index_add_(0, torch.tensor(batch), logits.detach().float().cpu())
             times.index_add_(0, torch.tensor(batch), torch.ones(len(batch), 1))
-            tokens += sum(lengths[row] for row in batch) * accelerator.num_processes
+            tokens += sum(ends[row] for row in batch) * accelerator.num_processes
             loss_sum += loss.detach() / steps
             if accelerator.sync_gradients:
                 update, loss, loss_sum = update + 1, accelerator.reduce(loss_sum, "mean").item(), 0.0
