@@ -34,6 +34,8 @@ def parse_arguments():
 def medians(contestants, rounds):
     """{name: median seconds} of functions that take turns of half a second or one call, whichever is longer."""
     times = {name: [] for name in contestants}
+    for contestant in contestants.values():  # warms up
+        contestant()
     for _ in range(rounds):
         for name, contestant in contestants.items():
             turn = []
@@ -42,7 +44,7 @@ def medians(contestants, rounds):
                 contestant()
                 turn.append(time.perf_counter() - started)
             times[name] += turn
-    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first call warms up
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def time_stream(guard, rounds, tokens=128):
@@ -95,6 +97,8 @@ def main():
         GuardedChat(*load_chat_model(args.model, args.dtype), guard_path=path, **settings)
         for path in ("activated", "full")
     )
+    activated.cast_for_use()
+    full.cast_for_use()
     stream = time_stream(activated, args.rounds)
     verdicts = {length: time_verdicts(activated, full, length, args.rounds) for length in LENGTHS}
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
@@ -105,13 +109,13 @@ def main():
         result[f"milliseconds_{length}"] = {name: 1000 * seconds for name, seconds in times.items()}
         result[f"verdict_speedup_{length}"] = times["full"] / times["activated"]
         result[f"verdict_over_decode_step_{length}"] = times["activated"] / times["decode step"]
-    if args.plot:
-        draw(verdicts, args.plot, f"One verdict, {args.model} in {args.dtype}, {torch.get_num_threads()} CPU threads")
     if args.json:
         print(json.dumps(result))
     else:
         for name, value in result.items():
             print(f"{name:32}", value if isinstance(value, (str, int, dict)) else f"{value:.3f}")
+    if args.plot:
+        draw(verdicts, args.plot, f"One verdict, {args.model} in {args.dtype}, {torch.get_num_threads()} CPU threads")
 
 
 def processor():

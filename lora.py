@@ -76,9 +76,10 @@ class LoRALinear(nn.Module):
         y = self.base(x)  # (..., out)
         if not self.gate.is_open:
             return y
-        # Scaled here, where a token has r numbers, rather than after B, where it has out.
-        ax = self.scaling * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        return y + F.linear(ax, self.lora_B.to(x.dtype))  # (..., out)
+        if self.dropout.training:  # not called in vain: a verdict passes hundreds of these layers
+            x = self.dropout(x)
+        ax = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
+        return torch.add(y, F.linear(ax, self.lora_B.to(x.dtype)), alpha=self.scaling)  # (..., out)
 
     def delta(self):
         """The update as a matrix: (alpha / r) B A, shape (out, in), fp32."""

@@ -252,6 +252,11 @@ class GuardedChat(nn.Module):
         lora = {f"base_model.model.{name}.weight": p for name, p in trainable(self.chat_model).items()}
         return lora | {f"guard_head.{name}": p for name, p in self.head.named_parameters()}
 
+    def cast_for_use(self):
+        """Cast the adapters to the model's dtype, once and not in every pass; Adam, in training, needs them in fp32."""
+        for parameter in trainable(self.chat_model).values():
+            parameter.data = parameter.data.to(self.chat_model.dtype)
+
     def save_adapter(self, path):
         """Write the adapters and the head, nothing else, as safetensors; their settings are in its header."""
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.adapter().items()}
@@ -379,6 +384,7 @@ def load_guard(config_path=None, adapter_path=None, device_id=None):
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"cannot build a guard from the config {config_path}: {reason}") from error
     guard.load_adapter(adapter_path)
+    guard.cast_for_use()
     return guard.to(device), threshold
 
 

@@ -220,6 +220,20 @@ def test_save_and_load_give_equal_scores_and_equal_bytes(saved, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == adapter.read_bytes()
 
 
+def test_a_loaded_guard_is_cast_once_and_judges_bit_for_bit_as_before(saved):
+    """Kills: adapters that are cast in every pass, a cast that rounds otherwise, a head or a buffer cast with them."""
+    _, config, adapter = saved
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+    loaded, _ = load_guard(config, adapter)
+    dtypes = {name: parameter.dtype for name, parameter in loaded.adapter().items()}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.bfloat16}
+    assert {dtype for name, dtype in dtypes.items() if "head" in name} == {torch.float32}
+    cast = loaded.score(conversations(loaded))
+    for name, tensor in safetensors.torch.load_file(adapter).items():
+        loaded.adapter()[name].data = tensor  # fp32 again
+    assert torch.equal(loaded.score(conversations(loaded)), cast)
+
+
 def test_only_adapters_and_head_are_saved_under_pefts_names(saved):
     """Kills: saving the base, and names that other tools cannot read."""
     tensors = safetensors.torch.load_file(saved[2])
