@@ -6,14 +6,16 @@ shared machine is not to be trusted from one run to the next, but ratios from wi
 
 import argparse
 import json
+import platform
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import transformers
 
 from data import encode
-from lora import run
+from lora import UserError, run
 from model import EMBEDDED, GuardedChat, _lend, load_chat_model
 
 PROMPT = "Write a long story about a lighthouse keeper who teaches the children of the village to read the stars."
@@ -91,6 +93,10 @@ def draw(verdicts, path, caption):
 
 def main():
     args = parse_arguments()
+    if args.rounds < 1:
+        raise UserError("--rounds must be at least 1")
+    if args.plot:
+        import matplotlib.pyplot  # noqa: F401  before all is measured in vain
     torch.manual_seed(0)  # weights of a trained guard would take the same time
     settings = {"categories": [f"category {number}" for number in range(14)]}
     activated, full = (
@@ -119,8 +125,9 @@ def main():
 
 
 def processor():
-    with open("/proc/cpuinfo") as lines:
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    info = Path("/proc/cpuinfo")  # where there is none, platform knows more
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

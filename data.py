@@ -121,6 +121,10 @@ def check_text(row, where):
     prompt, response = (row.get("prompt"), row.get("response")) if isinstance(row, dict) else (None, None)
     if not isinstance(prompt, str) or not isinstance(response, str | None):
         raise UserError(f"{where}: a row needs a `prompt` that is text, and a `response` that is text or absent")
+    if not (prompt + (response or "")).isascii() and any(
+        "\ud800" <= char <= "\udfff" for char in prompt + (response or "")
+    ):
+        raise UserError(f"{where}: half of a surrogate pair is no text")
     return prompt, response
 
 
@@ -171,9 +175,16 @@ def encode(tokenizer, prompt, response=None, history=()):
         ids = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False, **options)
     except Exception as error:  # a template is a program of the model's author, which raises what it likes
         raise UserError(f"the chat template cannot write this conversation: {first_line(error)}") from error
-    if not all(message["content"].strip() in shown for message in messages):
+    # Of the history no more than this turn: what the template drops of it, as reasoning, the chat model does not read.
+    if not all(message["content"].strip() in shown for message in messages[len(history) :]):
         raise UserError("the chat template leaves out a part of this conversation, which the guard would not see")
     return ids
+
+
+def answer_start(prompt_ids, ids):
+    """Where the answer begins: how far the ids of the prompt alone and of the answered prompt agree."""
+    differ = (n for n, pair in enumerate(zip(prompt_ids, ids, strict=False)) if pair[0] != pair[1])
+    return next(differ, min(len(prompt_ids), len(ids)))
 
 
 def epoch_batches(lengths, batch_size, batches_per_update, generator):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import check_labels, encode, read_rows
+from data import answer_start, check_labels, encode, read_rows
 from lora import UserError, run
 from model import load_guard
 
@@ -64,7 +64,7 @@ def running_scores(guard, rows, every):
     answers = []
     for row in rows:
         ids = encode(guard.tokenizer, row["prompt"], row["response"])
-        start = len(encode(guard.tokenizer, row["prompt"]))
+        start = answer_start(encode(guard.tokenizer, row["prompt"]), ids)
         answers.append([(tokens, ids[: start + tokens]) for tokens in range(every, len(ids) - start, every)])
         answers[-1].append((len(ids) - start, ids))
     scores = iter(guard.score([ids for answer in answers for _, ids in answer])[:, 0].double().sigmoid().tolist())
@@ -105,15 +105,23 @@ def main():
         for source, _, some in read_rows(args.dataset)
         for number, row in enumerate(some, 1)
     ]
+    left_out = len(rows)
     rows = [row for row in rows if row["response"] and row["response"].strip()]
+    left_out -= len(rows)
     if not rows or args.verdict_every < 1:
         raise UserError("there must be rows with a response, and at least 1 token from verdict to verdict")
     guard, threshold = load_guard(args.config, args.adapter, args.device_id)
     threshold = threshold if args.threshold is None else args.threshold
     labels, answers = np.array([not row["is_safe"] for row in rows]), running_scores(guard, rows, args.verdict_every)
-    result = {"rows": len(rows), "positives": int(labels.sum()), "threshold": threshold}
+    result = {
+        "rows": len(rows),
+        "without_response_left_out": left_out,
+        "positives": int(labels.sum()),
+        "threshold": threshold,
+    }
     result |= metrics(labels, np.array([answer[-1][1] for answer in answers]), threshold)
     result |= running_metrics(labels, answers, threshold)
+    result = {name: None if value != value else value for name, value in result.items()}  # NaN is not JSON
     print(json.dumps(result) if args.json else "\n".join(f"{name:28} {value}" for name, value in result.items()))
 
 

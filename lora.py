@@ -61,7 +61,7 @@ class LoRALinear(nn.Module):
 
     base: maps (..., in) to (..., out). W x is computed by its own forward, so quantised layers serve as they are.
     sizes: (in, out). lora_dropout: share of x's entries dropped on the way to A, in training only.
-    lora_A (r, in) and lora_B (out, r) are fp32 whatever the base's dtype: Adam's small steps are lost in bf16.
+    lora_A (r, in) and lora_B (out, r) are made in fp32 whatever the base's dtype: Adam's small steps are lost in bf16.
     """
 
     def __init__(self, base, sizes, r, lora_alpha, lora_dropout, gate):

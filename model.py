@@ -143,8 +143,9 @@ class GuardedChat(nn.Module):
 
         `activated` judges the prompt, then the answer every `verdict_every` tokens and at its end, always on the cache
         that the chat path fills anyway. `full`, as in the paper, judges the prompt and the end, in passes of their own.
-        streamer, options: as for transformers' generate, which chooses the tokens; greedy by default, no beams. If the
-        streamer has a method put_verdict(tokens, probabilities), that is called with each verdict.
+        streamer, options: as for transformers' generate, which chooses the tokens; greedy by default. If the streamer
+        has a method put_verdict(tokens, probabilities), that is called with each verdict. What is left out of them are
+        beams and assistants, and ends that no verdict could be given at.
         Returns B Answers. Raises UserError where a conversation leaves no room for max_new_tokens in the context.
         """
         self.eval()
@@ -152,15 +153,16 @@ class GuardedChat(nn.Module):
             raise UserError(f"a prompt of {longest} tokens leaves no room for {max_new_tokens} more in the context")
         if min(max_new_tokens, verdict_every) < 1:
             raise UserError("an answer needs at least 1 token, and so does the step from verdict to verdict")
+        if taken := options.keys() & {"generation_config", "stop_strings", "max_time", "forced_eos_token_id"}:
+            raise UserError(f"a moderated answer cannot have {', '.join(taken)}; its ends are stopping_criteria")
         ids, mask = self._pad(conversations, "left")  # (B, T)
         (rows, width), device = ids.shape, ids.device
         cache = DynamicCache(config=self.chat_model.config.get_text_config(decoder=True))
         every = sys.maxsize if self.is_full else verdict_every
         ends = options.get("eos_token_id", self.chat_model.generation_config.eos_token_id)
         ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=device).view(-1)
-        stopping_criteria = options.pop("stopping_criteria", [])
+        stopping_criteria = options.pop("stopping_criteria", None) or []
         limit = torch.full((rows,), max_new_tokens, device=device)  # tokens after which an answer has to end
-        judged = torch.full((rows,), -1, device=device)  # tokens of the answer that the last verdict is about
         done = torch.zeros(rows, dtype=torch.bool, device=device)
         verdicts = [[] for _ in conversations]
 
@@ -173,8 +175,8 @@ class GuardedChat(nn.Module):
             else:
                 padding = None if mask.all() else F.pad(mask, (0, ids.shape[1] - width), value=1)
                 logits = self.judge(cache, padding)[due]
-            probabilities, judged[due] = logits.cpu().double().sigmoid(), ids.shape[1] - width
-            done[due] = (probabilities[:, 0] >= threshold).to(device)
+            probabilities = logits.cpu().double().sigmoid()
+            done[due] = ~(probabilities[:, 0] < threshold).to(device)  # so that what is no number counts as flagged
             for row, verdict in zip(which, probabilities.tolist(), strict=True):
                 verdicts[row].append((ids.shape[1] - width, verdict))
                 if hasattr(streamer, "put_verdict"):
@@ -195,13 +197,13 @@ class GuardedChat(nn.Module):
             for criterion in stopping_criteria:
                 limit.masked_fill_(criterion(ids, scores), tokens)
             ended = ~done & torch.isin(ids[:, -1], ends)
-            due = ended & (judged < tokens - 1)
-            if due.any():
-                judge(ids[:, :-1], due)
+            if ended.any() and (tokens - 1) % every:  # or else they have been judged at this token
+                judge(ids[:, :-1], ended)
             return done.logical_or_(ended).clone()
 
         options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
-        options["logits_processor"] = [*options.get("logits_processor", []), before_token]
+        options["logits_processor"] = [*(options.get("logits_processor") or []), before_token]
+        options |= {"return_dict_in_generate": False, "cache_implementation": None}
         # One token more than asked for, which is always an end: the last token has to be read before its verdict.
         output = self.chat_model.generate(
             ids,
@@ -215,7 +217,7 @@ class GuardedChat(nn.Module):
         answers = []
         for row, found in zip(output[:, width:].tolist(), verdicts, strict=True):
             tokens, (unsafe, *_) = found[-1]
-            stopped = ("response" if tokens else "prompt") if unsafe >= threshold else None
+            stopped = None if unsafe < threshold else "response" if tokens else "prompt"
             answers.append(Answer(row[:tokens], found, stopped))
         return answers
 

@@ -16,6 +16,7 @@ import shutil
 import signal
 import stat
 import sys
+import textwrap
 import unicodedata
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TextStreamer
 
-from data import check_text, encode, read_jsonl
+from data import answer_start, check_text, encode, read_jsonl
 from lora import UserError, run
 from model import load_guard
 
@@ -61,7 +62,7 @@ def parse_arguments():
         "--response needs the --prompt that it answers": args.response is not None and args.prompt is None,
         "the prompt is empty": args.prompt is not None and not args.prompt.strip(),
         "--max-new-tokens and --verdict-every must be at least 1": min(args.max_new_tokens, args.verdict_every) < 1,
-        "--temperature must be above 0": args.temperature is not None and not 0 < args.temperature < math.inf,
+        "--temperature must be from 0.01 to 100": args.temperature is not None and not 0.01 <= args.temperature <= 100,
         "--top-p must be above 0 and at most 1": args.top_p is not None and not 0 < args.top_p <= 1,
     }
     for mistake, made in mistakes.items():
@@ -84,15 +85,16 @@ def moderate_turn(guard, prompt, response, threshold, history=(), **options):
     else:
         texts = [ids] if response is None else [ids, encode(guard.tokenizer, prompt, response, history)]
         judged = guard.score(texts).double().sigmoid().tolist()
-        verdicts = [(len(text) - len(ids), verdict) for text, verdict in zip(texts, judged, strict=True)]
-        stopped = "prompt" if response is None and judged[0][0] >= threshold else None
+        answers = [len(text) - answer_start(ids, text) for text in texts]
+        verdicts = list(zip(answers, judged, strict=True))
+        stopped = "prompt" if response is None and not judged[0][0] < threshold else None
     unsafe, *others = verdicts[-1][1]
     return {
         "prompt": prompt,
         "prompt_unsafe_probability": verdicts[0][1][0],
         "response": response,
         "response_unsafe_probability": None if response is None else unsafe,
-        "flagged": unsafe >= threshold,
+        "flagged": not unsafe < threshold,
         "stopped": stopped,
         "verdicts": [[tokens, verdict[0]] for tokens, verdict in verdicts if tokens],
         "categories": dict(zip(guard.categories, others, strict=True)),
@@ -113,10 +115,15 @@ def outcome(record):
 
 def show(record):
     """Print a turn for human eyes; what the guard stopped is not shown."""
-    print(f"prompt   {record['prompt_unsafe_probability']:.3f}  {record['prompt']}")
+    print(f"prompt   {record['prompt_unsafe_probability']:.3f}  {printable(record['prompt'])}")
     if record["response"] is not None and not record["stopped"]:
-        print(f"answer   {record['response_unsafe_probability']:.3f}  {record['response']}")
+        print(f"answer   {record['response_unsafe_probability']:.3f}  {printable(record['response'])}")
     print(f"{outcome(record)}\n")
+
+
+def printable(text):
+    """The text without what could move a terminal's cursor, recolour it or turn its lines round."""
+    return "".join(c for c in text if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
 class Screen(TextStreamer):
@@ -137,14 +144,14 @@ class Screen(TextStreamer):
             print(f"\x1b7\x1b[{columns - 4}G\x1b[2m{probabilities[0]:.3f}\x1b8", end="", flush=True)
 
     def on_finalized_text(self, text, stream_end=False):
-        for word in re.findall(r"\s|\S+", text):
+        for word in re.findall(r"\n| |[^\n ]+", printable(text).expandtabs(4)):
             if word == "\n" or (self.column and self.column + sum(map(cells, word)) > self.room()):
                 self.newline()
-            for char in word if self.column else word.strip():
+                word = word.strip()  # of a line that is wrapped at a space, the space
+            for char in word:
                 if self.column + cells(char) > self.room():
                     self.newline()
-                # A control character could move the cursor, or worse.
-                print("" if unicodedata.category(char) == "Cc" else char, end="")
+                print(char, end="")
                 self.column += cells(char)
         if stream_end:
             self.newline()
@@ -167,7 +174,13 @@ def chat(guard, threshold, **options):
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  gives input() the arrow keys
     history, interrupted = [], []
-    # Ctrl-C asks for an end, rather than tearing a forward pass apart: what there is of the answer gets its verdict.
+
+    def stop(*_):
+        # The first asks for an end, so that what there is of the answer gets its verdict; the second does not wait.
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(True)
+
     options["stopping_criteria"] = [lambda ids, scores: torch.full((len(ids),), bool(interrupted), device=ids.device)]
     while True:
         try:
@@ -179,15 +192,19 @@ def chat(guard, threshold, **options):
         if not prompt.strip():
             continue
         interrupted.clear()
-        handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+        handler = signal.signal(signal.SIGINT, stop)
         try:
             record = moderate_turn(guard, prompt, None, threshold, history, streamer=Screen(guard.tokenizer), **options)
+        except KeyboardInterrupt:
+            print("[interrupted, and forgotten]\n")
+            continue
         finally:
             signal.signal(signal.SIGINT, handler)
-        print(f"{outcome(record)}\n")
-        if record["response"] is None and not record["stopped"]:
+        print(textwrap.fill(outcome(record), shutil.get_terminal_size().columns), end="\n\n")
+        if record["response"] is None and not record["stopped"] and history:
+            print("[what was said so far is forgotten]\n")
             history.clear()
-        elif not record["stopped"]:
+        elif record["response"] is not None and not record["stopped"]:
             history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": record["response"]}]
 
 
@@ -203,14 +220,16 @@ def score_file(guard, source, target, threshold, chunk_rows=256):
     """Write each row of a JSONL file with its verdict added, in the same order; rows that `target` has are not judged.
 
     The processes of `accelerate launch` share the rows. Raises UserError for a bad line, before any row is judged, and
-    for a `target` that this input, guard and threshold did not make.
+    for a `target` whose rows, categories or flags are not those of this input, guard and threshold.
     """
+    if source.exists() and not source.is_file():
+        raise UserError(f"{source} must be a file on disk, for it is read more than once")
     if target.exists() and target.samefile(source):
         raise UserError(f"writing {target} would destroy the input; name another --output")
     total = sum(1 for number, row in read_jsonl(source) if check_text(row, f"{source}, line {number}"))
     accelerator, there = Accelerator(), rows_there(guard, source, target, threshold)
     accelerator.wait_for_everyone()  # or a slower process would count what this one writes
-    rows = itertools.islice((row for _, row in read_jsonl(source)), there, None)
+    rows = itertools.islice(rows_of(source), there, None)
     bar = tqdm(initial=there, total=total, unit=" rows", disable=not accelerator.is_main_process)
     with open(target, "ab") as out, bar:
         while chunk := list(itertools.islice(rows, chunk_rows)):
@@ -218,37 +237,42 @@ def score_file(guard, source, target, threshold, chunk_rows=256):
                 texts = [encode(guard.tokenizer, *check_text(row, source)) for row in share]
             judged = gather_object(guard.score(texts).double().sigmoid().tolist())
             if accelerator.is_main_process:
-                # Not strict, for a process that is left without a row has judged the last one again.
-                for row, probabilities in zip(chunk, judged, strict=False):
+                for row, probabilities in zip(chunk, judged, strict=True):
                     out.write(judged_line(guard, threshold, row, *probabilities))
                 out.flush()
             bar.update(len(chunk))
+    accelerator.end_training()  # or a process that leaves first takes the others down
+
+
+def rows_of(source):
+    """The rows of a JSONL file, without the verdicts that an earlier scoring may have left in them."""
+    verdict = ("unsafe_probability", "flagged", "categories")
+    return ({name: row[name] for name in row if name not in verdict} for _, row in read_jsonl(source))
 
 
 def judged_line(guard, threshold, row, unsafe, *others):
     categories = dict(zip(guard.categories, others, strict=True))
-    verdict = {"unsafe_probability": unsafe, "flagged": unsafe >= threshold, "categories": categories}
+    verdict = {"unsafe_probability": unsafe, "flagged": not unsafe < threshold, "categories": categories}
     return (json.dumps(row | verdict) + "\n").encode()
 
 
 def rows_there(guard, source, target, threshold):
     """How many rows `target` has; a last line that is cut off, for the run was killed, is taken out."""
-    there = size = 0
-    rows = (row for _, row in read_jsonl(source))
+    there, size, rows = 0, 0, rows_of(source)
     with open(target, "rb") if target.exists() else io.BytesIO() as file:
         for line in file:
-            if there and not line.endswith(b"\n"):
+            row, is_ours = next(rows, {}), False
+            start = json.dumps(row)[:-1].encode()
+            if not line.endswith(b"\n") and line[: len(start)] == start[: len(line)]:
                 os.truncate(target, size)
                 break
-            try:
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 found = json.loads(line)
                 found = found["unsafe_probability"], *found["categories"].values()
-                is_ours = line == judged_line(guard, threshold, next(rows), *found)
-            except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
-                is_ours = False
+                is_ours = line == judged_line(guard, threshold, row, *found)
             if not is_ours:
                 where = f"line {there + 1} of {target}"
-                raise UserError(f"{where} is no verdict of this guard and threshold on {source}; name another --output")
+                raise UserError(f"{where} is no verdict of such a guard on the row of {source}; name another --output")
             there, size = there + 1, size + len(line)
     return there
 
@@ -266,24 +290,27 @@ def main():
     options = {"max_new_tokens": args.max_new_tokens, "verdict_every": args.verdict_every}
     if args.temperature or args.top_p:
         options |= {"do_sample": True, "temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0}
-    if args.prompt is None and not args.json and sys.stdin.isatty() and sys.stdout.isatty():
+    sys.stdout.reconfigure(errors="replace")
+    if args.prompt is None and not args.json and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
         return chat(guard, threshold, **options)
-    lines = piped() if args.prompt is None else iter([])
+    lines = piped() if args.prompt is None and sys.stdin else iter([])
     if first := next(lines, None):
         prompts = itertools.chain([first], lines)
     else:
         prompts = EXAMPLES if args.prompt is None else [args.prompt]
+    unanswered = 0
     for prompt in prompts:
         record = moderate_turn(guard, prompt, args.response, threshold, **options)
         if args.json:
             print(json.dumps(record), flush=True)
         elif first:
             text = None if record["stopped"] else record["response"]
-            print(outcome(record) if text is None else " ".join(text.split()), flush=True)
+            print(outcome(record) if text is None else " ".join(printable(text).split()), flush=True)
         else:
             show(record)
-    if record["response"] is None and not record["stopped"]:
-        raise UserError("the prompt leaves no room for an answer in the model's context; lower --max-new-tokens")
+        unanswered += record["response"] is None and not record["stopped"]
+    if unanswered:
+        raise UserError(f"{unanswered} prompts leave no room for an answer in the model's context")
 
 
 if __name__ == "__main__":

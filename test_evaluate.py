@@ -106,6 +106,7 @@ def test_the_command_scores_the_rows_that_have_an_answer(tmp_path, monkeypatch, 
     scores = guard.score([encode(guard.tokenizer, "hi", row["response"]) for row in rows[:3]])[:, 0].sigmoid().numpy()
     found = result("--threshold=0")
     assert (found["rows"], found["positives"], found["flagged"], found["threshold"]) == (3, 2, 3, 0)
+    assert found["without_response_left_out"] == 1
     assert found["auprc"] == pytest.approx(average_precision(np.array([1, 0, 1]), scores)) and found["fpr"] == 1
     lengths = [tokens for [*_, (tokens, _)] in running_scores(guard, rows[:3], 16)]
     assert found["median_token_of_first_flag"] == np.median(lengths) > 1

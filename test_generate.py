@@ -208,6 +208,22 @@ def test_a_streamer_gets_plain_generates_tokens_and_every_verdict(capsys):
     assert capsys.readouterr().out == ours != ""
 
 
+def test_no_number_for_a_verdict_stops_the_answer(monkeypatch):
+    """Kills: >= threshold, which lets a guard that computes nan pass everything."""
+    guard = guard_of()
+    monkeypatch.setattr(guard, "judge", lambda cache, mask=None: torch.full((1, 3), torch.nan))
+    assert guard.generate(prompts(guard)[:1], 0.5)[0].stopped == "prompt"
+
+
+def test_none_for_an_option_is_transformers_own_default():
+    """Kills: a traceback for what generate itself takes."""
+    guard = guard_of()
+    guard.chat_model.generation_config.return_dict_in_generate = True
+    options = {"stopping_criteria": None, "logits_processor": None}
+    [answer] = guard.generate(prompts(guard)[:1], NEVER, max_new_tokens=5, **options)
+    assert answer.ids == plain(guard, prompts(guard)[:1], max_new_tokens=5)[0]
+
+
 def test_a_stopping_criterion_of_the_users_ends_its_row_with_a_verdict():
     """Kills: criteria that are dropped, an end without a verdict, an end of the other rows."""
     guard = guard_of()
@@ -222,16 +238,6 @@ def test_a_stopping_criterion_of_the_users_ends_its_row_with_a_verdict():
     assert [answer.verdicts[-1][0] for answer in answers] == [9, 6, 9]
 
 
-def test_tokens_that_no_verdict_has_read_are_not_returned():
-    """Kills: an end that the guard does not see, as transformers' own stop strings are, returned as judged."""
-    guard = guard_of()
-    [ids] = prompts(guard)[:1]
-    words = [guard.tokenizer.decode([token]) for token in plain(guard, [ids])[0]]
-    stop = next(word for word in words if word.isascii() and word.isalpha())
-    [cut] = guard.generate([ids], NEVER, verdict_every=50, stop_strings=[stop], tokenizer=guard.tokenizer)
-    assert cut.ids == [] and [n for n, _ in cut.verdicts] == [0]
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -240,10 +246,14 @@ def test_tokens_that_no_verdict_has_read_are_not_returned():
         ({"max_new_tokens": 0}, "at least 1"),
         ({"num_beams": 2}, "beams"),
         ({"do_sample": True, "num_return_sequences": 2}, "beams"),
+        ({"prompt_lookup_num_tokens": 2}, "assistant"),
+        ({"stop_strings": ["a"]}, "stopping_criteria"),
+        ({"max_time": 1.0}, "stopping_criteria"),
+        ({"generation_config": None}, "stopping_criteria"),
     ],
 )
 def test_what_cannot_be_moderated_is_refused(options, message):
-    """Kills: a check left out; beams would be judged on each other's cache."""
+    """Kills: a check left out. Beams would be judged on one another, and some ends by nobody."""
     guard = guard_of()
     with pytest.raises(UserError, match=message):
         guard.generate(prompts(guard)[:1], NEVER, **options)

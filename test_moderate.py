@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 
 import model
 import moderate
-from conftest import make_guard
+from conftest import CHATML, make_guard
 from data import encode
 from lora import UserError
 from model import Answer, GuardedChat
@@ -129,7 +130,7 @@ def test_a_prompt_without_room_for_an_answer_is_judged_in_windows_and_not_answer
         float(torch.sigmoid(guard.score([ids])[0, 0])), abs=1e-6
     )
     assert moderate_turn(guard, prompt, None, 0.0, max_new_tokens=5)["stopped"] == "prompt"
-    with pytest.raises(UserError, match="leaves no room"):
+    with pytest.raises(UserError, match="leave no room"):
         run(monkeypatch, capsys, *files, "--prompt", prompt, "--threshold=2", "--json")
     assert json.loads(capsys.readouterr().out)["prompt"] == prompt
 
@@ -163,6 +164,7 @@ def test_a_file_comes_back_in_order_with_its_verdicts(files, monkeypatch, capsys
         '{"response": "a"}',
         '{"prompt": null}',
         '{"prompt": "a", "response": 1}',
+        '{"prompt": "\\ud800"}',
     ],
 )
 def test_a_bad_line_is_refused_by_number_before_anything_is_judged(line, tmp_path):
@@ -184,7 +186,7 @@ def test_an_output_that_would_destroy_the_input_is_refused(tmp_path):
     assert json.loads((tmp_path / "in.jsonl").read_text()) == ROWS[0]
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.62, 1.0])
+@pytest.mark.parametrize("kept", [0.0, 0.05, 0.3, 0.62, 1.0])
 def test_a_killed_scoring_goes_on_where_it_was(kept, tmp_path, monkeypatch):
     """Kills: rows judged twice or left out, half a line kept, a finished file that is scored anew."""
     guard, source, target = make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -195,7 +197,7 @@ def test_a_killed_scoring_goes_on_where_it_was(kept, tmp_path, monkeypatch):
     there, score, judged = target.read_bytes().count(b"\n"), guard.score, []
     monkeypatch.setattr(guard, "score", lambda rows: judged.extend(rows) or score(rows))
     score_file(guard, source, target, 0.4, chunk_rows=2)
-    assert len(judged) == 9 - there and (kept in (0, 1) or 0 < there < 9)
+    assert len(judged) == 9 - there and (kept in (0, 0.05, 1) or 0 < there < 9)
     for ours, wanted in zip(target.read_bytes().splitlines(), whole.splitlines(), strict=True):
         ours, wanted = json.loads(ours), json.loads(wanted)
         assert ours.pop("unsafe_probability") == pytest.approx(wanted.pop("unsafe_probability"), abs=1e-6)
@@ -214,6 +216,8 @@ FOREIGN = {  # from an output of ours, files that the rows, guard and threshold 
     "other categories": lambda whole: whole.replace(b'"theft"', b'"arson"', 1),
     "no verdict": lambda whole: json.dumps(ROWS[0]).encode() + b"\n",
     "a list": lambda whole: b"[]\n",
+    "a deep list": lambda whole: b"[" * 100_000 + b"\n",
+    "a note at the end": lambda whole: whole + b"# my note",
 }
 
 
@@ -232,15 +236,18 @@ def test_an_output_of_something_else_is_refused_and_kept(change, tmp_path):
 
 def test_two_processes_share_the_rows_of_a_file(files, tmp_path):
     """Kills: rows judged twice, in another order or by nobody, two processes that write."""
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row | {"n": n}) + "\n" for n, row in enumerate(ROWS * 86)))
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps(row | {"n": n}) + "\n" for n, row in enumerate((ROWS * 86)[:257]))
+    )
     command = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "two.jsonl"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi-gpu", "--num-processes=2"]
+    launch += ["--main_process_port=0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run([*launch, moderate.__file__, *files, *command], env=environment, timeout=300)
     assert result.returncode == 0
     found = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
-    assert [row["n"] for row in found] == list(range(258))  # two chunks, the second of two rows
-    for row, wanted in zip(found[-4:], (ROWS * 86)[-4:], strict=True):
+    assert [row["n"] for row in found] == list(range(257))  # two chunks, the second of one row for two processes
+    for row, wanted in zip(found[-4:], (ROWS * 86)[253:257], strict=True):
         unsafe = probabilities(make_guard(), wanted["prompt"], wanted.get("response"))[0]
         assert row["unsafe_probability"] == pytest.approx(unsafe, abs=1e-6)
     refused = subprocess.run([*launch, moderate.__file__, *files], env=environment, capture_output=True, timeout=300)
@@ -373,22 +380,31 @@ def test_the_running_verdict_stands_beside_the_text(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("columns", [1, 3, 10, 40, 41, 200])
+@pytest.mark.parametrize("columns", [2, 3, 10, 40, 41, 200])
 def test_text_is_wrapped_at_words_and_a_longer_word_anywhere(monkeypatch, columns):
     """Kills: a word torn apart that would fit, an endless loop where none fits, characters lost or wide ones halved."""
     text = "aa bbbb\tcc\n" + "d" * 60 + " \u4e2d\u6587\u4e2d\u6587 e\u0301 f"
-    lines = screen(monkeypatch, max(columns, 2), text)
+    lines = screen(monkeypatch, columns, text)
     # A wide character leaves a space in the list of cells; the accent has no cell of its own.
     assert re.sub(r"\s", "", "".join(lines)) == re.sub(r"[\s\u0301]", "", text)
     if columns >= 10:
         assert any("bbbb" in line for line in lines)
 
 
-def test_control_characters_of_the_model_do_not_reach_the_terminal(monkeypatch, capsys):
-    """Kills: an answer that moves the cursor, clears the screen or sets the title."""
+def test_code_keeps_its_indentation(monkeypatch):
+    """Kills: spaces stripped at the start of a line that is not wrapped, tabs dropped between words."""
+    code = "def f(x):\n    if x:\n\treturn\t1\n"
+    assert screen(monkeypatch, 60, code) == [*code.expandtabs(4).splitlines(), "", ""]
+
+
+def test_control_characters_do_not_reach_the_terminal(capsys):
+    """Kills: an answer that moves the cursor, clears the screen, sets the title or turns the line round."""
     shown = Screen(None)
-    shown.on_finalized_text("a\x1b[2Jb\x07\r\x9bc", stream_end=True)
+    shown.on_finalized_text("a\x1b[2Jb\x07\r\x9b\u202ec", stream_end=True)
     assert capsys.readouterr().out == "a[2Jbc\n"
+    record = {"prompt": "\x1b[2J", "prompt_unsafe_probability": 0, "response": "\x07", "response_unsafe_probability": 0}
+    moderate.show(record | {"stopped": None, "verdicts": [], "categories": {}})
+    assert not set(capsys.readouterr().out) & set("\x1b\x07")
 
 
 def talk(monkeypatch, guard, lines, **options):
@@ -436,6 +452,39 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is handler and not guard.gate.is_open
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_token(monkeypatch, capsys):
+    """Kills: a forward pass that cannot be broken off, a chat that ends with it, a half turn that is kept."""
+    guard, asked = make_guard(), []
+
+    def generate(guard, conversations, threshold, **options):
+        asked.append(len(conversations[0]))
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(GuardedChat, "generate", generate)
+    talk(monkeypatch, guard, ["one", "one"])
+    assert len(asked) == 2 and asked[0] == asked[1]
+    assert capsys.readouterr().out.count("interrupted") == 2
+
+
+def test_a_template_that_drops_reasoning_from_the_history_can_be_talked_to(monkeypatch):
+    """Kills: a check on earlier turns, of which the chat model reads no more than the guard does."""
+    guard = make_guard()
+    guard.tokenizer.chat_template = CHATML.replace("message['content']", "message['content'].split('|')[-1]")
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "thought|the answer"}]
+    ids = encode(guard.tokenizer, "and?", history=history)
+    assert "thought" not in guard.tokenizer.decode(ids) and "the answer" in guard.tokenizer.decode(ids)
+    with pytest.raises(UserError, match="leaves out"):
+        encode(guard.tokenizer, "thought|and?", history=history)
+
+
+def test_an_input_that_can_be_read_only_once_is_refused(tmp_path):
+    """Kills: rows that are checked and then gone."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="more than once"):
+        score_file(make_guard(), tmp_path / "pipe", tmp_path / "out.jsonl", 0.5)
+
+
 def test_a_conversation_that_fills_the_context_starts_anew(monkeypatch, capsys):
     """Kills: a chat that ends there, or that can never be gone on with."""
     guard = make_guard()
@@ -453,6 +502,7 @@ def test_on_a_terminal_the_command_is_a_chat(files):
     shown = b""
     for wanted, reply in ((b"> ", b"hi\n"), (b"[unsafe", b""), (b"> ", b"\x04")):
         while wanted not in shown:
+            assert select.select([leader], [], [], 60)[0], shown
             shown += os.read(leader, 1000)
         shown = shown.split(wanted, 1)[1]
         os.write(leader, reply)
@@ -488,6 +538,7 @@ BAD_ARGUMENTS = {
     "a blank prompt": ["--prompt= \n"],
     "cold": ["--prompt=a", "--temperature=0"],
     "hot": ["--prompt=a", "--temperature=inf"],
+    "all but cold": ["--prompt=a", "--temperature=1e-300"],
     "more than all": ["--prompt=a", "--top-p=1.1"],
     "a threshold that is no number": ["--threshold=nan"],
     "no room": ["--prompt=a", "--threshold=2", "--max-new-tokens=999"],

@@ -18,7 +18,7 @@ from accelerate.utils import LoggerType, set_seed
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from data import BEAVERTAILS, SPLITS, encode, epoch_batches, labels, load_splits
+from data import BEAVERTAILS, SPLITS, answer_start, encode, epoch_batches, labels, load_splits
 from evaluate import best_threshold, metrics
 from lora import UserError, first_line, run, trainable
 from model import EMBEDDED, GUARD, GuardedChat, load_chat_model, write_whole
@@ -98,8 +98,8 @@ def main():
         if len(targets["train"][:, 0].unique()) < 2:
             raise UserError("the training rows that fit the context are not both safe and unsafe")
     lengths = torch.tensor([len(ids) for ids in texts["train"]])
-    starts = [len(encode(tokenizer, row["prompt"])) for row, fit in zip(rows["train"], fits, strict=True) if fit]
-    starts = torch.tensor(starts).minimum(lengths)  # where the answers begin
+    prompts = [encode(tokenizer, row["prompt"]) for row, fit in zip(rows["train"], fits, strict=True) if fit]
+    starts = torch.tensor([answer_start(*pair) for pair in zip(prompts, texts["train"], strict=True)])
     positives, known = targets["train"].nansum(0), (~targets["train"].isnan()).sum(0)
     # Without positives the weight would be infinite; as no term then carries it, any finite one serves.
     pos_weight = ((known - positives) / positives.clamp(min=1)).to(accelerator.device)
