@@ -305,6 +305,16 @@ def test_a_pipe_gives_one_answer_a_line(files, monkeypatch, capsys, tmp_path):
     assert [json.loads(line)["prompt"] for line in found.splitlines()] == ["hi", "\ufffd how?"]
 
 
+def test_a_line_that_is_unanswered_is_told_whichever_it_is(files, monkeypatch, capsys, tmp_path):
+    """Kills: an exit status that the last line decides, answers that are lost with it."""
+    (tmp_path / "lines").write_text("how is the bread? " * 60 + "\nhi\n")
+    with open(tmp_path / "lines") as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        with pytest.raises(UserError, match="1 prompts leave no room"):
+            run(monkeypatch, capsys, *files, "--threshold=2", "--json", "--max-new-tokens=3")
+    assert [json.loads(line)["response"] is None for line in capsys.readouterr().out.splitlines()] == [True, False]
+
+
 def test_a_reader_that_leaves_is_no_error(files):
     """Kills: a traceback, or a complaint at exit, for a broken pipe."""
     command = [sys.executable, moderate.__file__, *files, "--json", "--max-new-tokens=2"]

@@ -80,8 +80,11 @@ def test_a_run_learns_and_leaves_the_files_of_the_contract(path, model_folder, r
     assert "epoch 6: train AUPRC" in capsys.readouterr().out
 
 
-def test_half_of_the_answers_are_cut_somewhere_anew_in_every_epoch(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: answers always whole, cuts in the prompt, the same cuts in every epoch, cuts in what is scored."""
+@pytest.mark.parametrize("path", ["activated", "full"])
+def test_half_of_the_answers_are_cut_somewhere_anew_in_every_epoch(path, model_folder, rows, tmp_path, monkeypatch):
+    """`full`, which judges no answer before its end, learns from whole ones.
+
+    Kills: answers always whole, cuts in the prompt, the same cuts in every epoch, cuts in what is scored."""
     seen, forward = {True: [], False: []}, GuardedChat.forward
 
     def spy(guard, conversations):
@@ -89,7 +92,7 @@ def test_half_of_the_answers_are_cut_somewhere_anew_in_every_epoch(model_folder,
         return forward(guard, conversations)
 
     monkeypatch.setattr(GuardedChat, "forward", spy)
-    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, "--epochs=2")
+    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, "--epochs=2", "--guard-path", path)
     tokenizer, splits = make_tokenizer(), load_splits([rows])[0]
     texts = {split: [encode(tokenizer, row["prompt"], row["response"]) for row in splits[split]] for split in splits}
     starts = [len(encode(tokenizer, row["prompt"])) for row in splits["train"]]
@@ -99,6 +102,9 @@ def test_half_of_the_answers_are_cut_somewhere_anew_in_every_epoch(model_folder,
         assert starts[row] < len(conversation)
         cuts.append((row, len(conversation)))
     whole = sum(length == len(texts["train"][row]) for row, length in cuts)
+    if path == "full":
+        assert whole == len(cuts)
+        return
     assert 0.4 < whole / len(cuts) < 0.75  # a cut can also fall on the last token
     half = len(cuts) // 2
     assert len(set(cuts[:half]) & set(cuts[half:])) < 0.6 * half

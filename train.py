@@ -100,6 +100,8 @@ def main():
     lengths = torch.tensor([len(ids) for ids in texts["train"]])
     prompts = [encode(tokenizer, row["prompt"]) for row, fit in zip(rows["train"], fits, strict=True) if fit]
     starts = torch.tensor([answer_start(*pair) for pair in zip(prompts, texts["train"], strict=True)])
+    if guard.is_full:  # which judges no answer before its end
+        starts = lengths
     positives, known = targets["train"].nansum(0), (~targets["train"].isnan()).sum(0)
     # Without positives the weight would be infinite; as no term then carries it, any finite one serves.
     pos_weight = ((known - positives) / positives.clamp(min=1)).to(accelerator.device)
