@@ -118,13 +118,13 @@ def test_a_threshold_outside_0_to_1_means_always_or_never():
     assert guard.generate(asked[:1], NEVER, max_new_tokens=4)[0].stopped is None
 
 
-@pytest.mark.parametrize("end", [2, None])
+@pytest.mark.parametrize("length", [7, 8, 20])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_every_token_is_computed_once_and_the_cache_ends_as_the_conversation(kind, end, caches):
+def test_every_token_is_computed_once_and_the_cache_ends_as_the_conversation(kind, length, caches):
     """Kills: a second prefill for a verdict, a verdict that stays in the cache, a verdict twice at the same token."""
     guard = guard_of(kind)
     [ids], seen, computed = prompts(guard)[:1], caches(guard), []
-    end = end or plain(guard, [ids])[0][10]
+    end = (plain(guard, [ids])[0] + [2])[length]
     hook = guard.chat_model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: computed.append((kwargs["input_ids"].shape[1], guard.gate.is_open)),
         with_kwargs=True,
@@ -132,6 +132,7 @@ def test_every_token_is_computed_once_and_the_cache_ends_as_the_conversation(kin
     [answer] = guard.generate([ids], NEVER, max_new_tokens=20, verdict_every=4, eos_token_id=end)
     hook.remove()
     conversation = ids + answer.ids
+    assert len(answer.ids) == length and [n for n, _ in answer.verdicts] == sorted({*range(0, length, 4), length})
     assert sum(tokens for tokens, is_open in computed if not is_open) == len(conversation)
     question = guard.guard_prompt_ids.shape[1]
     assert [tokens for tokens, is_open in computed if is_open] == [question] * len(answer.verdicts)
