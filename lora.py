@@ -22,6 +22,7 @@ class UserError(ValueError):
 
 def run(main):
     """Run a command: what the user got wrong becomes one line on standard error and exit status 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  Python has none where the caller closed it
     try:
         main()
         sys.stdout.flush()

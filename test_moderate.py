@@ -329,6 +329,16 @@ def test_a_reader_that_leaves_is_no_error(files):
     assert "Traceback" not in errors and "BrokenPipe" not in errors
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_a_closed_standard_stream_is_no_error(files, closed):
+    """Kills: a traceback where Python has None for the stream."""
+    command = f'"$@" {closed}'
+    arguments = [sys.executable, moderate.__file__, *files, "--json", "--max-new-tokens=2"]
+    process = subprocess.run(["bash", "-c", command, "bash", *arguments], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0 and "Traceback" not in process.stderr
+    assert len(process.stdout.splitlines()) == (len(moderate.EXAMPLES) if closed == "<&-" else 0)
+
+
 def test_what_is_stopped_is_not_shown(capsys):
     """Kills: printing what the guard stopped, an outcome without its reason."""
     record = {"prompt": "hi", "prompt_unsafe_probability": 0.1, "response": "bread", "response_unsafe_probability": 0.9}
