@@ -510,7 +510,11 @@ def test_a_conversation_that_fills_the_context_starts_anew(monkeypatch, capsys):
     guard = make_guard()
     talk(monkeypatch, guard, ["how is the bread? " * 5] * 7)
     shown = capsys.readouterr().out
-    assert shown.count("no answer") >= 1 and shown.rstrip().splitlines()[-1].startswith("[unsafe")
+    assert (
+        "no answer" in shown
+        and "said so far is forgotten" in shown
+        and shown.rstrip().splitlines()[-1].startswith("[unsafe")
+    )
 
 
 def test_on_a_terminal_the_command_is_a_chat(files):
