@@ -451,12 +451,12 @@ def test_a_chat_keeps_what_was_said_and_forgets_what_was_flagged(monkeypatch, ca
         return generate(guard, conversations, 0.0 if len(asked) - 1 in bad else threshold, **options)
 
     monkeypatch.setattr(GuardedChat, "generate", spy)
-    talk(monkeypatch, guard, ["one", "  ", KeyboardInterrupt(), "two", "three"])
-    assert len(asked) == 3
+    talk(monkeypatch, guard, ["one", "  ", KeyboardInterrupt(), "two", "three", "four"])
+    assert len(asked) == 4 and "one" in asked[3] and "three" in asked[3]
     assert "one" in asked[2] and "two" not in asked[2] and asked[2].count("assistant") == 2
     assert asked[2].startswith(asked[0])
     shown = capsys.readouterr().out
-    assert shown.count("[refused") == 1 and shown.count("[unsafe") == 2
+    assert shown.count("[refused") == 1 and shown.count("[unsafe") == 3
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys):
