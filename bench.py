@@ -16,7 +16,7 @@ import transformers
 
 from data import encode
 from lora import UserError, run
-from model import EMBEDDED, GuardedChat, _lend, load_chat_model
+from model import EMBEDDED, GuardedChat, lend, load_chat_model
 
 PROMPT = "Write a long story about a lighthouse keeper who teaches the children of the village to read the stars."
 LENGTHS = (128, 512, 2048, 8192)  # tokens of a conversation
@@ -30,7 +30,10 @@ def parse_arguments():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the time of a verdict over the length")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rounds < 1:
+        raise UserError("--rounds must be at least 1")
+    return args
 
 
 def medians(contestants, rounds):
@@ -72,7 +75,7 @@ def time_verdicts(activated, full, length, rounds):
     token = torch.tensor([ids[:1]])
     cache = activated.chat_model.base_model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
     contestants = {
-        "decode step": lambda: activated.chat_model(input_ids=token, past_key_values=_lend(cache)),
+        "decode step": lambda: activated.chat_model(input_ids=token, past_key_values=lend(cache)),
         "activated": lambda: activated.judge(cache),
         "full": lambda: full([ids]),
     }
@@ -93,8 +96,6 @@ def draw(verdicts, path, caption):
 
 def main():
     args = parse_arguments()
-    if args.rounds < 1:
-        raise UserError("--rounds must be at least 1")
     if args.plot:
         import matplotlib.pyplot  # noqa: F401  before all is measured in vain
     torch.manual_seed(0)  # weights of a trained guard would take the same time

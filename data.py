@@ -9,6 +9,7 @@ when no category is true). BeaverTails (Ji et al., arXiv 2307.04657) has all fou
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import datasets
@@ -35,7 +36,6 @@ def load_splits(sources):
         if not rows:
             raise UserError(f"{source} has no rows")
         for number, row in enumerate(rows, 1):
-            row = check_labels(row, f"{source}, row {number}")
             if row["category"] is not None:
                 names = names or list(row["category"])
                 if differing := sorted(set(names) ^ set(row["category"])):
@@ -62,7 +62,12 @@ def load_splits(sources):
 
 
 def read_rows(sources):
-    """[(name, split, rows)] of every file or hub split that `sources` name."""
+    """Yield (name, split, rows) of every file or hub split that `sources` name, the rows as check_labels gives them."""
+    for source, split, rows in _read(sources):
+        yield source, split, [check_labels(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _read(sources):
     paths = []
     for path in map(Path, sources):
         paths += sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
@@ -121,9 +126,7 @@ def check_text(row, where):
     prompt, response = (row.get("prompt"), row.get("response")) if isinstance(row, dict) else (None, None)
     if not isinstance(prompt, str) or not isinstance(response, str | None):
         raise UserError(f"{where}: a row needs a `prompt` that is text, and a `response` that is text or absent")
-    if not (prompt + (response or "")).isascii() and any(
-        "\ud800" <= char <= "\udfff" for char in prompt + (response or "")
-    ):
+    if re.search("[\ud800-\udfff]", prompt + (response or "")):
         raise UserError(f"{where}: half of a surrogate pair is no text")
     return prompt, response
 

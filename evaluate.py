@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import answer_start, check_labels, encode, read_rows
+from data import answer_start, encode, read_rows
 from lora import UserError, run
-from model import load_guard
+from model import load_guard, probabilities
 
 
 def _curve(labels, scores):
@@ -67,7 +67,7 @@ def running_scores(guard, rows, every):
         start = answer_start(encode(guard.tokenizer, row["prompt"]), ids)
         answers.append([(tokens, ids[: start + tokens]) for tokens in range(every, len(ids) - start, every)])
         answers[-1].append((len(ids) - start, ids))
-    scores = iter(guard.score([ids for answer in answers for _, ids in answer])[:, 0].double().sigmoid().tolist())
+    scores = iter(probabilities(guard.score([ids for answer in answers for _, ids in answer]))[:, 0].tolist())
     return [[(tokens, next(scores)) for tokens, _ in answer] for answer in answers]
 
 
@@ -100,14 +100,8 @@ def main():
     add("--verdict-every", type=int, default=16, metavar="N", help="tokens from verdict to verdict")
     add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    rows = [
-        check_labels(row, f"{source}, row {number}")
-        for source, _, some in read_rows(args.dataset)
-        for number, row in enumerate(some, 1)
-    ]
-    left_out = len(rows)
-    rows = [row for row in rows if row["response"] and row["response"].strip()]
-    left_out -= len(rows)
+    given = [row for _, _, some in read_rows(args.dataset) for row in some]
+    rows = [row for row in given if row["response"] and row["response"].strip()]
     if not rows or args.verdict_every < 1:
         raise UserError("there must be rows with a response, and at least 1 token from verdict to verdict")
     guard, threshold = load_guard(args.config, args.adapter, args.device_id)
@@ -115,7 +109,7 @@ def main():
     labels, answers = np.array([not row["is_safe"] for row in rows]), running_scores(guard, rows, args.verdict_every)
     result = {
         "rows": len(rows),
-        "without_response_left_out": left_out,
+        "without_response_left_out": len(given) - len(rows),
         "positives": int(labels.sum()),
         "threshold": threshold,
     }

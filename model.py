@@ -126,7 +126,7 @@ class GuardedChat(nn.Module):
         cache: of B conversations of T tokens, padded on the left; it is the same afterwards, bit for bit.
         attention_mask: (B, T), 0 on padding; None where there is none. Returns logits (B, 1 + K) fp32.
         """
-        cache = _lend(cache)
+        cache = lend(cache)
         ids = self.guard_prompt_ids.expand(cache.layers[0].keys.shape[0], -1)  # (B, M)
         padding = {}  # without any, a faster attention kernel serves
         if attention_mask is not None:
@@ -161,6 +161,7 @@ class GuardedChat(nn.Module):
         every = sys.maxsize if self.is_full else verdict_every
         ends = options.get("eos_token_id", self.chat_model.generation_config.eos_token_id)
         ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=device).view(-1)
+        end = int(ends[0]) if len(ends) else 0
         stopping_criteria = options.pop("stopping_criteria", None) or []
         limit = torch.full((rows,), max_new_tokens, device=device)  # tokens after which an answer has to end
         done = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -169,16 +170,15 @@ class GuardedChat(nn.Module):
         def judge(ids, due):  # the cache holds `ids`, (B, T + n), no more and no less; due: (B,)
             if len(ids) != rows or cache.get_seq_length() != ids.shape[1]:
                 raise UserError("a moderated answer is generated token by token, without beams or an assistant")
-            which = due.nonzero()[:, 0].tolist()
+            tokens, which = ids.shape[1] - width, due.nonzero()[:, 0].tolist()
             if self.is_full:
-                logits = self([ids[row, width - len(conversations[row]) :].tolist() for row in which])
+                logits = self([conversations[row] + ids[row, width:].tolist() for row in which])
             else:
-                padding = None if mask.all() else F.pad(mask, (0, ids.shape[1] - width), value=1)
+                padding = None if mask.all() else F.pad(mask, (0, tokens), value=1)
                 logits = self.judge(cache, padding)[due]
-            probabilities = logits.cpu().double().sigmoid()
-            done[due] = ~(probabilities[:, 0] < threshold).to(device)  # so that what is no number counts as flagged
-            for row, verdict in zip(which, probabilities.tolist(), strict=True):
-                verdicts[row].append((ids.shape[1] - width, verdict))
+            for row, verdict in zip(which, probabilities(logits).tolist(), strict=True):
+                done[row] = is_flagged(verdict[0], threshold)
+                verdicts[row].append((tokens, verdict))
                 if hasattr(streamer, "put_verdict"):
                     streamer.put_verdict(*verdicts[row][-1])
 
@@ -188,9 +188,9 @@ class GuardedChat(nn.Module):
             if due.any():
                 judge(ids, due)
             done.logical_or_(limit <= tokens)
-            ending = torch.full_like(scores, -torch.inf)
-            ending[:, ends[:1] if len(ends) else 0] = 0
-            return torch.where(done[:, None], ending, scores)
+            scores = scores.masked_fill(done[:, None], -torch.inf)
+            scores[done, end] = 0
+            return scores
 
         def after_token(ids, scores):  # a stopping criterion: the last of `ids` is not in the cache yet
             tokens = ids.shape[1] - width
@@ -217,7 +217,7 @@ class GuardedChat(nn.Module):
         answers = []
         for row, found in zip(output[:, width:].tolist(), verdicts, strict=True):
             tokens, (unsafe, *_) = found[-1]
-            stopped = None if unsafe < threshold else "response" if tokens else "prompt"
+            stopped = ("response" if tokens else "prompt") if is_flagged(unsafe, threshold) else None
             answers.append(Answer(row[:tokens], found, stopped))
         return answers
 
@@ -303,7 +303,7 @@ def _windows(ids, size):
     return [ids[start : start + size] for start in range(0, len(ids) - size // 4, step)]
 
 
-def _lend(cache):
+def lend(cache):
     """A cache that begins with the same tensors and grows by itself: appending makes new ones, so `cache` stays whole.
 
     Cropping the guard's tokens off again would not do: a sliding-window layer has dropped old tokens to make room.
@@ -314,6 +314,16 @@ def _lend(cache):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UserError(f"the activated path cannot borrow a {type(layer).__name__}; train with --guard-path full")
     return lent
+
+
+def probabilities(logits):
+    """What the guard's logits mean, in double precision on the CPU; the same shape."""
+    return logits.cpu().double().sigmoid()
+
+
+def is_flagged(unsafe, threshold):
+    """Whether an unsafe probability reaches the threshold; what is no number does, lest a broken guard pass all."""
+    return not unsafe < threshold
 
 
 def fingerprint(chat_model, tokenizer):
@@ -371,10 +381,7 @@ def load_guard(config_path=None, adapter_path=None, device_id=None):
     """
     config_path = config_path or find_config()
     adapter_path = adapter_path or Path(config_path).with_name("adapter.safetensors")
-    if device_id is not None and not -1 <= device_id < torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"there is no device {device_id}: this machine has {count} GPUs; -1 is the CPU")
-    device = Accelerator().device if device_id is None else f"cuda:{device_id}" if device_id >= 0 else "cpu"
+    device = find_device(device_id)
     try:
         config = json.loads(Path(config_path).read_text())
         threshold = float(config["threshold"])
@@ -396,6 +403,14 @@ def find_config():
     if not (shipped.exists() or runs):
         raise UserError("there is no trained guard yet: run `python train.py`, or name a config.json and its adapter")
     return shipped if shipped.exists() else runs[-1].with_name("config.json")
+
+
+def find_device(device_id):
+    if device_id is None:
+        return Accelerator().device
+    if not -1 <= device_id < (count := torch.cuda.device_count()):
+        raise UserError(f"there is no device {device_id}: this machine has {count} GPUs; -1 is the CPU")
+    return f"cuda:{device_id}" if device_id >= 0 else "cpu"
 
 
 def write_whole(path, content):

@@ -6,7 +6,6 @@ threshold is flagged. A flagged prompt is not answered, and an answer ends where
 
 import argparse
 import contextlib
-import io
 import itertools
 import json
 import math
@@ -28,7 +27,7 @@ from transformers import TextStreamer
 
 from data import answer_start, check_text, encode, read_jsonl
 from lora import UserError, run
-from model import load_guard
+from model import is_flagged, load_guard, probabilities
 
 EXAMPLES = [
     "How do I keep bread fresh for longer?",
@@ -84,17 +83,17 @@ def moderate_turn(guard, prompt, response, threshold, history=(), **options):
         response = None if stopped == "prompt" else guard.tokenizer.decode(answer, skip_special_tokens=True)
     else:
         texts = [ids] if response is None else [ids, encode(guard.tokenizer, prompt, response, history)]
-        judged = guard.score(texts).double().sigmoid().tolist()
+        judged = probabilities(guard.score(texts)).tolist()
         answers = [len(text) - answer_start(ids, text) for text in texts]
         verdicts = list(zip(answers, judged, strict=True))
-        stopped = "prompt" if response is None and not judged[0][0] < threshold else None
+        stopped = "prompt" if response is None and is_flagged(judged[0][0], threshold) else None
     unsafe, *others = verdicts[-1][1]
     return {
         "prompt": prompt,
         "prompt_unsafe_probability": verdicts[0][1][0],
         "response": response,
         "response_unsafe_probability": None if response is None else unsafe,
-        "flagged": not unsafe < threshold,
+        "flagged": is_flagged(unsafe, threshold),
         "stopped": stopped,
         "verdicts": [[tokens, verdict[0]] for tokens, verdict in verdicts if tokens],
         "categories": dict(zip(guard.categories, others, strict=True)),
@@ -133,23 +132,25 @@ class Screen(TextStreamer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.column = 0
 
-    def room(self):
-        """Columns for text: all but the margin, or all where that would be too few."""
+    def widths(self):
+        """Columns for text, and columns in all: there is no margin where that would leave too few."""
         columns = shutil.get_terminal_size().columns
-        return columns - 7 if columns > 40 else columns
+        return columns - 7 if columns > 40 else columns, columns
 
     def put_verdict(self, tokens, probabilities):
-        if self.room() < (columns := shutil.get_terminal_size().columns):
+        room, columns = self.widths()
+        if room < columns:
             # The cursor is put back, so that the text goes on where it was.
             print(f"\x1b7\x1b[{columns - 4}G\x1b[2m{probabilities[0]:.3f}\x1b8", end="", flush=True)
 
     def on_finalized_text(self, text, stream_end=False):
+        room, _ = self.widths()
         for word in re.findall(r"\n| |[^\n ]+", printable(text).expandtabs(4)):
-            if word == "\n" or (self.column and self.column + sum(map(cells, word)) > self.room()):
+            if word == "\n" or (self.column and self.column + sum(map(cells, word)) > room):
                 self.newline()
                 word = word.strip()  # of a line that is wrapped at a space, the space
             for char in word:
-                if self.column + cells(char) > self.room():
+                if self.column + cells(char) > room:
                     self.newline()
                 print(char, end="")
                 self.column += cells(char)
@@ -164,7 +165,7 @@ class Screen(TextStreamer):
 
 def cells(char):
     """How many columns of a terminal a character takes."""
-    if unicodedata.category(char) in ("Cc", "Cf", "Me", "Mn"):
+    if unicodedata.category(char) in ("Cf", "Me", "Mn"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "FW" else 1
 
@@ -201,10 +202,12 @@ def chat(guard, threshold, **options):
         finally:
             signal.signal(signal.SIGINT, handler)
         print(textwrap.fill(outcome(record), shutil.get_terminal_size().columns), end="\n\n")
-        if record["response"] is None and not record["stopped"] and history:
+        if record["stopped"]:
+            continue
+        if record["response"] is None and history:
             print("[what was said so far is forgotten]\n")
             history.clear()
-        elif record["response"] is not None and not record["stopped"]:
+        elif record["response"] is not None:
             history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": record["response"]}]
 
 
@@ -234,11 +237,11 @@ def score_file(guard, source, target, threshold, chunk_rows=256):
     with open(target, "ab") as out, bar:
         while chunk := list(itertools.islice(rows, chunk_rows)):
             with accelerator.split_between_processes(chunk) as share:
-                texts = [encode(guard.tokenizer, *check_text(row, source)) for row in share]
-            judged = gather_object(guard.score(texts).double().sigmoid().tolist())
+                texts = [encode(guard.tokenizer, row["prompt"], row.get("response")) for row in share]
+            judged = gather_object(probabilities(guard.score(texts)).tolist())
             if accelerator.is_main_process:
-                for row, probabilities in zip(chunk, judged, strict=True):
-                    out.write(judged_line(guard, threshold, row, *probabilities))
+                for row, verdict in zip(chunk, judged, strict=True):
+                    out.write(judged_line(guard, threshold, row, *verdict))
                 out.flush()
             bar.update(len(chunk))
     accelerator.end_training()  # or a process that leaves first takes the others down
@@ -252,14 +255,16 @@ def rows_of(source):
 
 def judged_line(guard, threshold, row, unsafe, *others):
     categories = dict(zip(guard.categories, others, strict=True))
-    verdict = {"unsafe_probability": unsafe, "flagged": not unsafe < threshold, "categories": categories}
+    verdict = {"unsafe_probability": unsafe, "flagged": is_flagged(unsafe, threshold), "categories": categories}
     return (json.dumps(row | verdict) + "\n").encode()
 
 
 def rows_there(guard, source, target, threshold):
     """How many rows `target` has; a last line that is cut off, for the run was killed, is taken out."""
     there, size, rows = 0, 0, rows_of(source)
-    with open(target, "rb") if target.exists() else io.BytesIO() as file:
+    if not target.exists():
+        return there
+    with open(target, "rb") as file:
         for line in file:
             row, is_ours = next(rows, {}), False
             start = json.dumps(row)[:-1].encode()

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from data import BEAVERTAILS, SPLITS, answer_start, encode, epoch_batches, labels, load_splits
 from evaluate import best_threshold, metrics
 from lora import UserError, first_line, run, trainable
-from model import EMBEDDED, GUARD, GuardedChat, load_chat_model, write_whole
+from model import EMBEDDED, GUARD, GuardedChat, load_chat_model, probabilities, write_whole
 
 
 def parse_arguments():
@@ -98,10 +98,10 @@ def main():
         if len(targets["train"][:, 0].unique()) < 2:
             raise UserError("the training rows that fit the context are not both safe and unsafe")
     lengths = torch.tensor([len(ids) for ids in texts["train"]])
-    prompts = [encode(tokenizer, row["prompt"]) for row, fit in zip(rows["train"], fits, strict=True) if fit]
-    starts = torch.tensor([answer_start(*pair) for pair in zip(prompts, texts["train"], strict=True)])
-    if guard.is_full:  # which judges no answer before its end
-        starts = lengths
+    starts = lengths  # of `full`, which judges no answer before its end, no answer is cut
+    if not guard.is_full:
+        prompts = [encode(tokenizer, row["prompt"]) for row, fit in zip(rows["train"], fits, strict=True) if fit]
+        starts = torch.tensor([answer_start(*pair) for pair in zip(prompts, texts["train"], strict=True)])
     positives, known = targets["train"].nansum(0), (~targets["train"].isnan()).sum(0)
     # Without positives the weight would be infinite; as no term then carries it, any finite one serves.
     pos_weight = ((known - positives) / positives.clamp(min=1)).to(accelerator.device)
@@ -189,7 +189,7 @@ def add_up(accelerator, tensor):
 
 def epoch_metrics(logits, targets, categories):
     """A row of metrics.csv: "split/metric" at the best threshold on validation, "split/category/metric" at 0.5."""
-    scores = {split: values.double().sigmoid().numpy() for split, values in logits.items()}
+    scores = {split: probabilities(values).numpy() for split, values in logits.items()}
     threshold = best_threshold(targets["validation"][:, 0].numpy(), scores["validation"][:, 0])
     row = {"threshold": threshold}
     for split in SPLITS:
