@@ -16,10 +16,11 @@ import transformers
 
 from data import encode
 from lora import UserError, run
-from model import EMBEDDED, GuardedChat, lend, load_chat_model
+from model import EMBEDDED, GuardedChat, Thresholds, lend, load_chat_model
 
 PROMPT = "Write a long story about a lighthouse keeper who teaches the children of the village to read the stars."
 LENGTHS = (128, 512, 2048, 8192)  # tokens of a conversation
+NEVER = Thresholds(2.0, 2.0)  # judge, never stop
 STEPS = (16, 8, 32)  # tokens from verdict to verdict, the default first
 
 
@@ -63,7 +64,7 @@ def time_stream(guard, rounds, tokens=128):
         assert output.shape[1] == len(prompt) + tokens, "the answer ended early"
 
     def moderated(every):
-        return lambda: guard.generate([prompt], threshold=2.0, max_new_tokens=tokens, verdict_every=every)
+        return lambda: guard.generate([prompt], NEVER, max_new_tokens=tokens, verdict_every=every)
 
     return medians({"plain": plain} | {every: moderated(every) for every in STEPS}, rounds)
 

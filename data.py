@@ -18,6 +18,8 @@ import torch
 from lora import UserError, first_line
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
+HUB_CONFIGS = {"lmsys/toxic-chat": "toxicchat0124"}  # of a data set that has several, the one that is meant
+OPENAI_LABELS = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")  # columns of OpenAI's moderation set, arXiv 2208.03274
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
@@ -50,8 +52,7 @@ def load_splits(sources):
             print(f"left out {left_out} {split} rows: their prompts are in another split that was given")
         held_out |= {_prompt_key(row) for row in rows}
         for row in rows:
-            # The prompt alone decides: neither the order of the rows nor a seed can move a prompt to another split.
-            tenth = int(hashlib.sha256(_prompt_key(row).encode()).hexdigest(), 16) % 10
+            tenth = tenth_of(row)
             splits[to_cut[tenth] if split == "train" and tenth < len(to_cut) else split].append(row)
     for split in SPLITS[:2]:
         if len({row["is_safe"] for row in splits[split]}) < 2:
@@ -67,6 +68,16 @@ def read_rows(sources):
         yield source, split, [check_labels(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
 
 
+def evaluation_rows(sources):
+    """The rows of the files that `sources` name, or of a hub id's test split where it has one, as check_labels does."""
+    given = list(read_rows(sources))
+    if not Path(sources[0]).exists() and any(split == "test" for _, split, _ in given):
+        given = [part for part in given if part[1] == "test"]
+    if not (rows := [row for _, _, some in given for row in some]):
+        raise UserError(f"{' '.join(map(str, sources))}: there are no rows to evaluate on")
+    return rows
+
+
 def _read(sources):
     paths = []
     for path in map(Path, sources):
@@ -76,7 +87,7 @@ def _read(sources):
     if len(sources) > 1 or Path(sources[0]).exists():
         raise UserError(f"{' '.join(map(str, sources))}: expected one hub id, or files: {', '.join(SUFFIXES)}")
     try:
-        splits = datasets.load_dataset(sources[0])
+        splits = datasets.load_dataset(sources[0], HUB_CONFIGS.get(sources[0]))
     except Exception as error:  # hub, network and format errors share no narrower class
         advice = "without a network give JSONL, CSV or Parquet files: --dataset train.jsonl test.jsonl"
         raise UserError(f"cannot load the data set {sources[0]!r} ({first_line(error)}); {advice}") from error
@@ -121,6 +132,11 @@ def _prompt_key(row):
     return row["prompt"].strip().lower()
 
 
+def tenth_of(row):
+    """Which tenth of all prompts, 0 to 9, a row belongs to: neither the order of the rows nor a seed can move it."""
+    return int(hashlib.sha256(_prompt_key(row).encode()).hexdigest(), 16) % 10
+
+
 def check_text(row, where):
     """(prompt, response or None) of a row. Raises UserError, naming the place `where`, if they are not text."""
     prompt, response = (row.get("prompt"), row.get("response")) if isinstance(row, dict) else (None, None)
@@ -133,6 +149,7 @@ def check_text(row, where):
 
 def check_labels(row, where):
     """A row as {"prompt", "response" or None, "category" or None, "is_safe"}. Raises UserError as check_text does."""
+    row = _in_our_columns(row, where)
     prompt, response = check_text(row, where)
     category, is_safe = row.get("category") or None, row.get("is_safe")
     if isinstance(category, str):  # CSV has no nested columns
@@ -149,6 +166,19 @@ def check_labels(row, where):
     if is_safe not in (True, False):
         raise UserError(f"{where}: a row needs `is_safe`, true or false, or a `category` that it follows from")
     return {"prompt": prompt, "response": response, "category": category, "is_safe": bool(is_safe)}
+
+
+def _in_our_columns(row, where):
+    """A row of ToxicChat (arXiv 2310.17389) or of OpenAI's moderation set as one of ours; any other as it is."""
+    if not isinstance(row, dict) or "is_safe" in row or "category" in row:
+        return row
+    if "user_input" in row and "toxicity" in row:
+        row, marks = {"prompt": row["user_input"]}, [row["toxicity"]]
+        if str(marks[0]) not in ("0", "1"):
+            raise UserError(f"{where}: `toxicity` must be 0 or 1")
+    elif not (marks := [row[name] for name in OPENAI_LABELS if name in row]):
+        return row
+    return row | {"is_safe": not any(str(mark) in ("1", "1.0") for mark in marks)}  # a missing label is unknown
 
 
 def labels(rows, names):
@@ -170,7 +200,8 @@ def encode(tokenizer, prompt, response=None, history=()):
         # All, for a template can put one together from its parts, out of sight of what looks for it there.
         tokenizer.chat_control_tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
     messages = [*history, {"role": "user", "content": prompt}]
-    if answered := bool(response and response.strip()):
+    answered = is_answer(response)
+    if answered:
         messages.append({"role": "assistant", "content": response})
     options = {"add_generation_prompt": not answered, "continue_final_message": answered}
     try:
@@ -182,6 +213,11 @@ def encode(tokenizer, prompt, response=None, history=()):
     if not all(message["content"].strip() in shown for message in messages[len(history) :]):
         raise UserError("the chat template leaves out a part of this conversation, which the guard would not see")
     return ids
+
+
+def is_answer(response):
+    """Whether a row's response is one; with None or white space for it, the prompt alone is judged."""
+    return bool(response and response.strip())
 
 
 def answer_start(prompt_ids, ids):

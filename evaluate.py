@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import answer_start, encode, read_rows
+from data import answer_start, encode, evaluation_rows, is_answer
 from lora import UserError, run
-from model import load_guard, probabilities
+from model import Thresholds, load_guard, probabilities, verdict, write_whole
+
+BINS = np.linspace(0, 1, 11)  # of probabilities, for the calibration error and its diagram
 
 
 def _curve(labels, scores):
@@ -34,6 +36,15 @@ def average_precision(labels, scores):
     return float(np.sum(np.diff(recall, prepend=0) * positives / flagged))
 
 
+def auroc(labels, scores):
+    """Area under the ROC curve by trapezoids, so that a tie counts half; NaN without both classes. (N,), (N,)."""
+    if len(np.unique(labels)) < 2:
+        return float("nan")
+    _, positives, flagged = _curve(labels, scores)
+    true, false = (np.append(0, counts) / counts[-1] for counts in (positives, flagged - positives))
+    return float(np.trapezoid(true, false))
+
+
 def best_threshold(labels, scores):
     """The score from which flagging gives the highest F1, half-way to the next lower score that there is."""
     thresholds, positives, flagged = _curve(labels, scores)
@@ -41,8 +52,37 @@ def best_threshold(labels, scores):
     return float(thresholds[best : best + 2].mean())
 
 
+def threshold_at_fpr(labels, scores, limit):
+    """(threshold, recall) where recall is highest with a false positive rate of at most `limit`.
+
+    The threshold lies half-way to the next lower score, and between the highest and 1 where that one is false already.
+    """
+    thresholds, positives, flagged = _curve(labels, scores)
+    allowed = int((flagged - positives <= limit * (labels == 0).sum()).sum())  # the false ones only grow in number
+    threshold = np.concatenate([[1], thresholds, thresholds[-1:]])[allowed : allowed + 2].mean()
+    return float(threshold), float(np.append(0, positives)[allowed] / labels.sum()) if labels.any() else float("nan")
+
+
+def fit_temperature(labels, logits):
+    """The T that makes sigmoid(logits / T) likeliest, to 1 % (Guo et al., arXiv 1706.04599, section 4.2). Both (N,)."""
+    temperatures = np.geomspace(0.05, 20, 603)
+    scaled = logits[:, None].astype(np.float64) / temperatures  # (N, 603)
+    return float(temperatures[np.argmin((np.logaddexp(0, scaled) - labels[:, None] * scaled).sum(0))])
+
+
+def reliability(labels, scores):
+    """Per bin of scores that has any: (rows, mean score, share of positives), each (bins,)."""
+    bins = np.clip(np.digitize(scores, BINS) - 1, 0, len(BINS) - 2)
+    sums = np.stack([np.bincount(bins, weights, len(BINS) - 1) for weights in (None, scores, labels)])
+    rows, score, positive = sums[:, sums[0] > 0]
+    return rows, score / rows, positive / rows
+
+
 def metrics(labels, scores, threshold):
-    """{name: value}, flagging from `threshold` upwards; a ratio of nothing is NaN. labels, scores: (N,)."""
+    """{name: value}, flagging from `threshold` upwards; a ratio of nothing is NaN. labels, scores: (N,).
+
+    threshold: a number, or one for each row, (N,).
+    """
     labels, flagged = labels.astype(bool), scores >= threshold
 
     def share(part, whole):
@@ -59,6 +99,32 @@ def metrics(labels, scores, threshold):
     }
 
 
+def evaluation(labels, scores, threshold):
+    """metrics() and what a guard is compared by beside them; NaN for what so few rows cannot tell. (N,), (N,)."""
+    rows, score, positive = reliability(labels, scores)
+    _, recall = threshold_at_fpr(labels, scores, 0.01)
+    return metrics(labels, scores, threshold) | {
+        "auroc": auroc(labels, scores),
+        "tpr_at_1_percent_fpr": recall if (labels == 0).sum() >= 100 else float("nan"),
+        "calibration_error": float((rows * abs(score - positive)).sum() / len(labels)),
+    }
+
+
+def bootstrap(labels, scores, thresholds, prompts, draws=1000):
+    """{name: [low, high]}: 95 % intervals of evaluation() over draws of prompts, whose answers stay together.
+
+    All of labels, scores, thresholds and prompts are (N,).
+    """
+    groups = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
+    generator, found = np.random.default_rng(0), []
+    for _ in range(draws):
+        rows = np.concatenate([groups[n] for n in generator.integers(len(groups), size=len(groups))])
+        found.append(evaluation(labels[rows], scores[rows], thresholds[rows]))
+    columns = {name: np.array([values[name] for values in found]) for name in found[0]}
+    columns = {name: values[~np.isnan(values)] for name, values in columns.items()}
+    return {name: np.percentile(values, (2.5, 97.5)).tolist() for name, values in columns.items() if len(values)}
+
+
 def running_scores(guard, rows, every):
     """Unsafe probabilities as the answers grow, [[(tokens, probability), ...] for each row], the last on all of it."""
     answers = []
@@ -67,7 +133,8 @@ def running_scores(guard, rows, every):
         start = answer_start(encode(guard.tokenizer, row["prompt"]), ids)
         answers.append([(tokens, ids[: start + tokens]) for tokens in range(every, len(ids) - start, every)])
         answers[-1].append((len(ids) - start, ids))
-    scores = iter(probabilities(guard.score([ids for answer in answers for _, ids in answer]))[:, 0].tolist())
+    logits = guard.score([ids for answer in answers for _, ids in answer])
+    scores = iter(probabilities(logits, guard.calibration)[:, 0].tolist())
     return [[(tokens, next(scores)) for tokens, _ in answer] for answer in answers]
 
 
@@ -88,35 +155,99 @@ def running_metrics(labels, answers, threshold):
     }
 
 
+def category_metrics(names, categories, scores):
+    """{"unknown_categories": names, "categories": {name: {"positives", "ap"}}} over the rows that label a category.
+
+    names: the guard's K; categories: {name: bool} of each of N rows; scores: (N, 1 + K).
+    """
+    found, labelled = {}, {name for row in categories for name in row}
+    for k, name in enumerate(names, 1):
+        if name in labelled:
+            known = np.array([name in row for row in categories])
+            values = np.array([row[name] for row in categories if name in row], bool)
+            found[name] = {"positives": int(values.sum()), "ap": average_precision(values, scores[known, k])}
+    return {"unknown_categories": sorted(labelled - set(names)), "categories": found}
+
+
 def main():
     usage = "%(prog)s [config.json] [adapter.safetensors] --dataset FILE ... [options]"
-    parser = argparse.ArgumentParser(description="Score labelled rows with a trained guard.", usage=usage)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=usage)
     add = parser.add_argument
     add("config", nargs="?", type=Path, help="default: the guard in guard/, or else the newest run of train.py")
     add("adapter", nargs="?", type=Path, help="default: adapter.safetensors beside the config")
-    add("--dataset", nargs="+", required=True, help="files or a hub id, as for train.py")
+    sets = "PKU-Alignment/BeaverTails, lmsys/toxic-chat, or files in our columns, ToxicChat's or samples-1680.jsonl's"
+    add("--dataset", nargs="+", required=True, help=sets)
     add("--device-id", type=int, help="number of the GPU, -1 for the CPU; default: the first GPU if there is one")
-    add("--threshold", type=float, help="default: the config's")
-    add("--verdict-every", type=int, default=16, metavar="N", help="tokens from verdict to verdict")
+    add("--threshold", type=float, help="for prompts and answers; default: the config's")
+    add("--running", type=int, metavar="N", help="also judge each answer after every N tokens, as while it streams")
     add("--json", action="store_true", help="print one JSON object")
+    add("--scores", type=Path, metavar="FILE.jsonl", help="keep the rows with their verdicts")
+    add("--plot", metavar="FILE.png", help="draw precision over recall, the scores by class, and reliability")
     args = parser.parse_args()
-    given = [row for _, _, some in read_rows(args.dataset) for row in some]
-    rows = [row for row in given if row["response"] and row["response"].strip()]
-    if not rows or args.verdict_every < 1:
-        raise UserError("there must be rows with a response, and at least 1 token from verdict to verdict")
-    guard, threshold = load_guard(args.config, args.adapter, args.device_id)
-    threshold = threshold if args.threshold is None else args.threshold
-    labels, answers = np.array([not row["is_safe"] for row in rows]), running_scores(guard, rows, args.verdict_every)
-    result = {
-        "rows": len(rows),
-        "without_response_left_out": len(given) - len(rows),
-        "positives": int(labels.sum()),
-        "threshold": threshold,
-    }
-    result |= metrics(labels, np.array([answer[-1][1] for answer in answers]), threshold)
-    result |= running_metrics(labels, answers, threshold)
-    result = {name: None if value != value else value for name, value in result.items()}  # NaN is not JSON
-    print(json.dumps(result) if args.json else "\n".join(f"{name:28} {value}" for name, value in result.items()))
+    if args.running is not None and args.running < 1:
+        raise UserError("--running needs at least 1 token from verdict to verdict")
+    rows = evaluation_rows(args.dataset)
+    guard, thresholds = load_guard(args.config, args.adapter, args.device_id)
+    if args.threshold is not None:
+        thresholds = Thresholds(args.threshold, args.threshold)
+    texts = [encode(guard.tokenizer, row["prompt"], row["response"]) for row in rows]
+    scores = probabilities(guard.score(texts), guard.calibration).numpy()  # (N, 1 + K)
+    unsafe = np.array([not row["is_safe"] for row in rows])
+    flagged_from = np.array([thresholds[is_answer(row["response"])] for row in rows])
+    result = {"rows": len(rows), "positives": int(unsafe.sum())}
+    result |= {"threshold": thresholds.response, "prompt_threshold": thresholds.prompt}
+    result |= evaluation(unsafe, scores[:, 0], flagged_from)
+    result["intervals"] = bootstrap(unsafe, scores[:, 0], flagged_from, np.array([row["prompt"] for row in rows]))
+    result |= category_metrics(guard.categories, [row["category"] or {} for row in rows], scores)
+    if args.running:
+        answered = [row for row in rows if is_answer(row["response"])]
+        answers = running_scores(guard, answered, args.running)
+        result["running"] = running_metrics([not row["is_safe"] for row in answered], answers, thresholds.response)
+    if args.scores:
+        judged = zip(rows, flagged_from.tolist(), scores.tolist(), strict=True)
+        judged = (row | verdict(guard, threshold, *outputs) for row, threshold, outputs in judged)
+        write_whole(args.scores, "".join(json.dumps(row) + "\n" for row in judged).encode())
+    if args.plot:
+        plot(args.plot, unsafe, scores[:, 0])
+    result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # NaN is not JSON
+    print(json.dumps(result) if args.json else table(result))
+
+
+def table(result):
+    """The figures for human eyes, a line each, with their intervals."""
+    intervals, random = result.pop("intervals"), result["positives"] / result["rows"]
+    if unknown := result.pop("unknown_categories"):
+        print(f"categories that the guard does not know: {', '.join(unknown)}")
+    categories = result.pop("categories").items()
+    categories = [(f"AP of {name} ({found['positives']} positives)", found["ap"]) for name, found in categories]
+    lines = []
+    for name, value in [*result.items(), *result.pop("running", {}).items(), *categories]:
+        value = "-" if value is None else value if isinstance(value, int) else f"{value:.3f}"
+        interval = "  {:.3f} to {:.3f}".format(*intervals[name]) if name in intervals else ""
+        lines.append(f"{name:50} {value:>6}{interval}" + f"  (a random scorer: {random:.3f})" * (name == "auprc"))
+    return "\n".join(lines)
+
+
+def plot(path, labels, scores):
+    """Draw precision over recall, the scores of each class, and how often a score of p is right."""
+    from matplotlib import pyplot  # only here, for nothing else needs it
+
+    figure, (curve, histogram, diagram) = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    _, positives, flagged = _curve(labels, scores)
+    curve.plot(positives / max(labels.sum(), 1), positives / flagged)
+    curve.axhline(labels.mean(), linestyle=":", color="grey")
+    curve.set(
+        xlabel="recall", ylabel="precision", ylim=(0, 1.02), title=f"AUPRC {average_precision(labels, scores):.3f}"
+    )
+    for kind, name in enumerate(("safe", "unsafe")):
+        histogram.hist(scores[labels == kind], bins=np.linspace(0, 1, 41), alpha=0.6, label=name)
+    histogram.set(xlabel="unsafe probability", ylabel="rows")
+    histogram.legend()
+    rows, score, positive = reliability(labels, scores)
+    diagram.plot((0, 1), (0, 1), linestyle=":", color="grey")
+    diagram.scatter(score, positive, s=400 * rows / rows.sum())
+    diagram.set(xlabel="unsafe probability", ylabel="share of unsafe rows", title="reliability")
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -98,8 +98,8 @@ def linear_sizes(module):
 def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, within=""):
     """Freeze `model`, then put a LoRALinear around every target below the submodule named `within`; returns their Gate.
 
-    targets: names of linear layers or ends of their paths ("q_proj", "self_attn.q_proj"), or "all-linear" for all.
-    Raises UserError for a target that matches no linear layer.
+    targets: names of linear layers or ends of their paths ("q_proj", "self_attn.q_proj"), or "all-linear" for all;
+    with none, the model is frozen and nothing more. Raises UserError for a target that matches no linear layer.
     """
     model.requires_grad_(False)
     below = f"{within}." if within else ""
@@ -111,7 +111,7 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, within=""):
             layers = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise UserError(f"LoRA target {target!r} matches no linear layer; this model has: {layers}")
         chosen.update(matches)
-    largest = max(max(linear_sizes(linear[name])) for name in chosen)
+    largest = max((max(linear_sizes(linear[name])) for name in chosen), default=r)
     if r > largest:
         raise UserError(f"a LoRA rank of {r} is no low rank: the largest layer is {largest} wide")
     gate = Gate()

@@ -44,12 +44,19 @@ GUARD = {
 }
 
 
+class Thresholds(NamedTuple):
+    """From which unsafe probability something is flagged; from none, where that is above 1."""
+
+    prompt: float  # a prompt that has no answer yet
+    response: float
+
+
 class Answer(NamedTuple):
     """One conversation's part of what GuardedChat.generate returns."""
 
     ids: list  # token ids of the answer as far as it was judged, without the end-of-turn token
     verdicts: list  # [(tokens, [1 + K probabilities])]: at 0 tokens on the prompt, then on the answer's first tokens
-    stopped: str | None  # "prompt" or "response" where the last verdict reached the threshold
+    stopped: str | None  # "prompt" or "response" where the last verdict is flagged
 
 
 class GuardedChat(nn.Module):
@@ -85,8 +92,11 @@ class GuardedChat(nn.Module):
         width = chat_model.get_output_embeddings().weight.shape[-1]
         outputs = self.unsafe_head + len(self.categories)
         self.head = nn.Linear(width, outputs, bias=settings["clf_head_bias"], dtype=torch.float32)
+        verdicts = 1 + len(self.categories)
+        self.calibration = {"shift": [0.0] * verdicts, "temperature": [1.0] * verdicts}  # see `probabilities`
 
         self.is_full = settings["guard_path"] == "full"
+        self.cache_dir = None
         ids = [] if self.is_full else tokenizer(settings["guard_prompt"], add_special_tokens=False).input_ids
         self.register_buffer("guard_prompt_ids", torch.tensor([ids], dtype=torch.long), persistent=False)  # (1, M)
         context = getattr(chat_model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
@@ -104,8 +114,23 @@ class GuardedChat(nn.Module):
                 module.dropout.train(mode)
         return self
 
-    def forward(self, conversations):
-        """Judge a batch: B lists of token ids. Returns logits (B, 1 + K) fp32: unsafe, then the K categories."""
+    def keep_caches(self, folder):
+        """Have `activated` keep in `folder` what the chat path makes of each conversation, and read it from there."""
+        frozen = [parameter for parameter in self.chat_model.parameters() if not parameter.requires_grad]
+        some = torch.cat([parameter.detach().flatten()[:64].float().cpu() for parameter in frozen])
+        model = hashlib.sha256(some.numpy().tobytes() + str(self.chat_model.dtype).encode()).hexdigest()[:16]
+        self.cache_dir = Path(folder) / model
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+
+    def forward(self, conversations, ends=None):
+        """Judge a batch: B lists of token ids. Returns logits (B, 1 + K) fp32: unsafe, then the K categories.
+
+        ends: how many tokens of each to judge, all by default.
+        """
+        ends = ends or [len(ids) for ids in conversations]
+        if self.cache_dir:
+            return self.judge(*self._kept(conversations, ends))
+        conversations = [ids[:end] for ids, end in zip(conversations, ends, strict=True)]
         if self.is_full:
             # Padding comes after the text, where causal attention cannot see it, so no mask is needed.
             ids, mask = self._pad(conversations, "right")  # (B, T)
@@ -138,8 +163,33 @@ class GuardedChat(nn.Module):
         return self._head(hidden[:, -1])
 
     @torch.no_grad()
-    def generate(self, conversations, threshold, max_new_tokens=128, verdict_every=16, streamer=None, **options):
-        """Answer B conversations, lists of token ids; each ends at its first verdict of `threshold` or more.
+    def _kept(self, conversations, ends):
+        """(cache, attention_mask) of the first `ends` tokens of each conversation, from the files in cache_dir.
+
+        What is not there is read whole and alone, so that a file is the same whatever batch it was first needed in.
+        """
+        rows = []  # (layers, 2, heads, T, width): keys and values
+        for ids, end in zip(conversations, ends, strict=True):
+            path = self.cache_dir / f"{hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:32]}.safetensors"
+            if not path.exists():
+                ids = torch.tensor([ids], device=self.guard_prompt_ids.device)
+                layers = self.chat_model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
+                if any(type(layer) is not DynamicLayer for layer in layers):
+                    raise UserError("this chat model's cache forgets, so a cache folder cannot serve it")
+                row = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])
+                write_whole(path, safetensors.torch.save({"cache": row.cpu()}))
+            rows.append(safetensors.torch.load_file(path)["cache"][:, :, :, :end])
+        longest = max(ends)
+        mask = torch.tensor([[0] * (longest - end) + [1] * end for end in ends], device=self.guard_prompt_ids.device)
+        cache = DynamicCache()
+        rows = torch.stack([F.pad(row, (0, 0, longest - row.shape[3], 0)) for row in rows], dim=2).to(mask.device)
+        for layer, (keys, values) in enumerate(rows):  # (B, heads, T, width)
+            cache.update(keys, values, layer)
+        return cache, None if mask.all() else mask
+
+    @torch.no_grad()
+    def generate(self, conversations, thresholds, max_new_tokens=128, verdict_every=16, streamer=None, **options):
+        """Answer B conversations, lists of token ids; each ends at the first verdict that is flagged.
 
         `activated` judges the prompt, then the answer every `verdict_every` tokens and at its end, always on the cache
         that the chat path fills anyway. `full`, as in the paper, judges the prompt and the end, in passes of their own.
@@ -176,8 +226,8 @@ class GuardedChat(nn.Module):
             else:
                 padding = None if mask.all() else F.pad(mask, (0, tokens), value=1)
                 logits = self.judge(cache, padding)[due]
-            for row, verdict in zip(which, probabilities(logits).tolist(), strict=True):
-                done[row] = is_flagged(verdict[0], threshold)
+            for row, verdict in zip(which, probabilities(logits, self.calibration).tolist(), strict=True):
+                done[row] = is_flagged(verdict[0], thresholds[tokens > 0])
                 verdicts[row].append((tokens, verdict))
                 if hasattr(streamer, "put_verdict"):
                     streamer.put_verdict(*verdicts[row][-1])
@@ -217,7 +267,7 @@ class GuardedChat(nn.Module):
         answers = []
         for row, found in zip(output[:, width:].tolist(), verdicts, strict=True):
             tokens, (unsafe, *_) = found[-1]
-            stopped = ("response" if tokens else "prompt") if is_flagged(unsafe, threshold) else None
+            stopped = ("response" if tokens else "prompt") if is_flagged(unsafe, thresholds[tokens > 0]) else None
             answers.append(Answer(row[:tokens], found, stopped))
         return answers
 
@@ -316,14 +366,24 @@ def lend(cache):
     return lent
 
 
-def probabilities(logits):
-    """What the guard's logits mean, in double precision on the CPU; the same shape."""
-    return logits.cpu().double().sigmoid()
+def probabilities(logits, calibration):
+    """What logits (N, 1 + K) mean: sigmoid((z - shift) / temperature), in double precision on the CPU; the same shape.
+
+    calibration: {"shift": 1 + K numbers, "temperature": 1 + K numbers}, as train.py fits it.
+    """
+    shift, temperature = (torch.tensor(calibration[name], dtype=torch.double) for name in ("shift", "temperature"))
+    return ((logits.cpu().double() - shift) / temperature).sigmoid()
 
 
 def is_flagged(unsafe, threshold):
     """Whether an unsafe probability reaches the threshold; what is no number does, lest a broken guard pass all."""
     return not unsafe < threshold
+
+
+def verdict(guard, threshold, unsafe, *others):
+    """The fields of a judged row, from the probabilities of its outputs."""
+    categories = dict(zip(guard.categories, others, strict=True))
+    return {"unsafe_probability": unsafe, "flagged": is_flagged(unsafe, threshold), "categories": categories}
 
 
 def fingerprint(chat_model, tokenizer):
@@ -374,7 +434,7 @@ def load_chat_model(name, dtype=None):
 
 
 def load_guard(config_path=None, adapter_path=None, device_id=None):
-    """(guard, threshold) from the files that train.py writes. Raises UserError if they are damaged or do not match.
+    """(guard, Thresholds) from the files that train.py writes. Raises UserError if they are damaged or do not match.
 
     By default the guard in guard/, or else that of the newest run, on the first GPU or under `accelerate launch` on the
     process's own; device_id -1 is the CPU.
@@ -384,9 +444,15 @@ def load_guard(config_path=None, adapter_path=None, device_id=None):
     device = find_device(device_id)
     try:
         config = json.loads(Path(config_path).read_text())
-        threshold = float(config["threshold"])
+        thresholds = Thresholds(float(config["prompt_threshold"]), float(config["threshold"]))
         chat_model, tokenizer = load_chat_model(config["base_model"], config["dtype"])
         guard = GuardedChat(chat_model, tokenizer, **{name: config[name] for name in GUARD})
+        calibration = torch.tensor([config["calibration"][name] for name in guard.calibration])  # (2, 1 + K)
+        if calibration.shape != (2, 1 + len(guard.categories)) or not calibration.isfinite().all():
+            raise UserError(f"the calibration in {config_path} must be two numbers for each output")
+        if calibration[1].min() <= 0:
+            raise UserError(f"the temperatures in {config_path} must be above 0")
+        guard.calibration = config["calibration"]
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
@@ -394,7 +460,7 @@ def load_guard(config_path=None, adapter_path=None, device_id=None):
         raise UserError(f"cannot build a guard from the config {config_path}: {reason}") from error
     guard.load_adapter(adapter_path)
     guard.cast_for_use()
-    return guard.to(device), threshold
+    return guard.to(device), thresholds
 
 
 def find_config():

@@ -25,9 +25,9 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TextStreamer
 
-from data import answer_start, check_text, encode, read_jsonl
+from data import answer_start, check_text, encode, is_answer, read_jsonl
 from lora import UserError, run
-from model import is_flagged, load_guard, probabilities
+from model import Thresholds, is_flagged, load_guard, probabilities, verdict
 
 EXAMPLES = [
     "How do I keep bread fresh for longer?",
@@ -48,7 +48,7 @@ def parse_arguments():
     add("--input", type=Path, help="JSONL file of rows with prompt and, if they have one, response; needs --output")
     add("--output", type=Path, help="JSONL file for the same rows with their verdicts")
     add("--json", action="store_true", help="one JSON object a line")
-    add("--threshold", type=float, help="flag from this probability; above 1: judge, never stop; default: the config's")
+    add("--threshold", type=float, help="flag prompts and answers from this probability; above 1: judge, never stop")
     add("--max-new-tokens", type=int, default=128, help="longest answer to generate")
     every = "tokens from verdict to verdict; a guard of the full path judges only the prompt and the whole answer"
     add("--verdict-every", type=int, default=16, metavar="N", help=every)
@@ -70,7 +70,7 @@ def parse_arguments():
     return args
 
 
-def moderate_turn(guard, prompt, response, threshold, history=(), **options):
+def moderate_turn(guard, prompt, response, thresholds, history=(), **options):
     """Judge a prompt, answer it unless it is flagged, and judge the answer; a `response` that is given is only judged.
 
     history: the messages before, as for encode; options: as for GuardedChat.generate. Returns the record that --json
@@ -79,21 +79,21 @@ def moderate_turn(guard, prompt, response, threshold, history=(), **options):
     """
     ids = encode(guard.tokenizer, prompt, history=history)
     if response is None and len(ids) + options["max_new_tokens"] <= guard.max_tokens:
-        [(answer, verdicts, stopped)] = guard.generate([ids], threshold, **options)
+        [(answer, verdicts, stopped)] = guard.generate([ids], thresholds, **options)
         response = None if stopped == "prompt" else guard.tokenizer.decode(answer, skip_special_tokens=True)
     else:
         texts = [ids] if response is None else [ids, encode(guard.tokenizer, prompt, response, history)]
-        judged = probabilities(guard.score(texts)).tolist()
+        judged = probabilities(guard.score(texts), guard.calibration).tolist()
         answers = [len(text) - answer_start(ids, text) for text in texts]
         verdicts = list(zip(answers, judged, strict=True))
-        stopped = "prompt" if response is None and is_flagged(judged[0][0], threshold) else None
+        stopped = "prompt" if response is None and is_flagged(judged[0][0], thresholds.prompt) else None
     unsafe, *others = verdicts[-1][1]
     return {
         "prompt": prompt,
         "prompt_unsafe_probability": verdicts[0][1][0],
         "response": response,
         "response_unsafe_probability": None if response is None else unsafe,
-        "flagged": is_flagged(unsafe, threshold),
+        "flagged": is_flagged(unsafe, thresholds[verdicts[-1][0] > 0]),
         "stopped": stopped,
         "verdicts": [[tokens, verdict[0]] for tokens, verdict in verdicts if tokens],
         "categories": dict(zip(guard.categories, others, strict=True)),
@@ -170,7 +170,7 @@ def cells(char):
     return 2 if unicodedata.east_asian_width(char) in "FW" else 1
 
 
-def chat(guard, threshold, **options):
+def chat(guard, thresholds, **options):
     """A conversation on a terminal: Ctrl-C stops the answer, Ctrl-D leaves, and a flagged turn is forgotten."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  gives input() the arrow keys
@@ -195,7 +195,9 @@ def chat(guard, threshold, **options):
         interrupted.clear()
         handler = signal.signal(signal.SIGINT, stop)
         try:
-            record = moderate_turn(guard, prompt, None, threshold, history, streamer=Screen(guard.tokenizer), **options)
+            record = moderate_turn(
+                guard, prompt, None, thresholds, history, streamer=Screen(guard.tokenizer), **options
+            )
         except KeyboardInterrupt:
             print("[interrupted, and forgotten]\n")
             continue
@@ -219,18 +221,18 @@ def piped():
         yield from filter(None, map(str.strip, sys.stdin))
 
 
-def score_file(guard, source, target, threshold, chunk_rows=256):
+def score_file(guard, source, target, thresholds, chunk_rows=256):
     """Write each row of a JSONL file with its verdict added, in the same order; rows that `target` has are not judged.
 
     The processes of `accelerate launch` share the rows. Raises UserError for a bad line, before any row is judged, and
-    for a `target` whose rows, categories or flags are not those of this input, guard and threshold.
+    for a `target` whose rows, categories or flags are not those of this input, guard and thresholds.
     """
     if source.exists() and not source.is_file():
         raise UserError(f"{source} must be a file on disk, for it is read more than once")
     if target.exists() and target.samefile(source):
         raise UserError(f"writing {target} would destroy the input; name another --output")
     total = sum(1 for number, row in read_jsonl(source) if check_text(row, f"{source}, line {number}"))
-    accelerator, there = Accelerator(), rows_there(guard, source, target, threshold)
+    accelerator, there = Accelerator(), rows_there(guard, source, target, thresholds)
     accelerator.wait_for_everyone()  # or a slower process would count what this one writes
     rows = itertools.islice(rows_of(source), there, None)
     bar = tqdm(initial=there, total=total, unit=" rows", disable=not accelerator.is_main_process)
@@ -238,10 +240,10 @@ def score_file(guard, source, target, threshold, chunk_rows=256):
         while chunk := list(itertools.islice(rows, chunk_rows)):
             with accelerator.split_between_processes(chunk) as share:
                 texts = [encode(guard.tokenizer, row["prompt"], row.get("response")) for row in share]
-            judged = gather_object(probabilities(guard.score(texts)).tolist())
+            judged = gather_object(probabilities(guard.score(texts), guard.calibration).tolist())
             if accelerator.is_main_process:
-                for row, verdict in zip(chunk, judged, strict=True):
-                    out.write(judged_line(guard, threshold, row, *verdict))
+                for row, outputs in zip(chunk, judged, strict=True):
+                    out.write(judged_line(guard, thresholds, row, *outputs))
                 out.flush()
             bar.update(len(chunk))
     accelerator.end_training()  # or a process that leaves first takes the others down
@@ -249,17 +251,16 @@ def score_file(guard, source, target, threshold, chunk_rows=256):
 
 def rows_of(source):
     """The rows of a JSONL file, without the verdicts that an earlier scoring may have left in them."""
-    verdict = ("unsafe_probability", "flagged", "categories")
-    return ({name: row[name] for name in row if name not in verdict} for _, row in read_jsonl(source))
+    added = ("unsafe_probability", "flagged", "categories")
+    return ({name: row[name] for name in row if name not in added} for _, row in read_jsonl(source))
 
 
-def judged_line(guard, threshold, row, unsafe, *others):
-    categories = dict(zip(guard.categories, others, strict=True))
-    verdict = {"unsafe_probability": unsafe, "flagged": is_flagged(unsafe, threshold), "categories": categories}
-    return (json.dumps(row | verdict) + "\n").encode()
+def judged_line(guard, thresholds, row, *judged):
+    threshold = thresholds[is_answer(row.get("response"))]
+    return (json.dumps(row | verdict(guard, threshold, *judged)) + "\n").encode()
 
 
-def rows_there(guard, source, target, threshold):
+def rows_there(guard, source, target, thresholds):
     """How many rows `target` has; a last line that is cut off, for the run was killed, is taken out."""
     there, size, rows = 0, 0, rows_of(source)
     if not target.exists():
@@ -274,7 +275,7 @@ def rows_there(guard, source, target, threshold):
             with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 found = json.loads(line)
                 found = found["unsafe_probability"], *found["categories"].values()
-                is_ours = line == judged_line(guard, threshold, row, *found)
+                is_ours = line == judged_line(guard, thresholds, row, *found)
             if not is_ours:
                 where = f"line {there + 1} of {target}"
                 raise UserError(f"{where} is no verdict of such a guard on the row of {source}; name another --output")
@@ -284,12 +285,13 @@ def rows_there(guard, source, target, threshold):
 
 def main():
     args = parse_arguments()
-    guard, threshold = load_guard(args.config, args.adapter, args.device_id)
-    threshold = threshold if args.threshold is None else args.threshold
-    if math.isnan(threshold):
+    guard, thresholds = load_guard(args.config, args.adapter, args.device_id)
+    if args.threshold is not None:
+        thresholds = Thresholds(args.threshold, args.threshold)
+    if any(map(math.isnan, thresholds)):
         raise UserError("the threshold is not a number, so nothing would ever be flagged")
     if args.input:
-        return score_file(guard, args.input, args.output, threshold)
+        return score_file(guard, args.input, args.output, thresholds)
     if Accelerator().num_processes > 1:
         raise UserError("several processes can share the rows of --input, and nothing else")
     options = {"max_new_tokens": args.max_new_tokens, "verdict_every": args.verdict_every}
@@ -297,7 +299,7 @@ def main():
         options |= {"do_sample": True, "temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0}
     sys.stdout.reconfigure(errors="replace")
     if args.prompt is None and not args.json and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
-        return chat(guard, threshold, **options)
+        return chat(guard, thresholds, **options)
     lines = piped() if args.prompt is None and sys.stdin else iter([])
     if first := next(lines, None):
         prompts = itertools.chain([first], lines)
@@ -305,7 +307,7 @@ def main():
         prompts = EXAMPLES if args.prompt is None else [args.prompt]
     unanswered = 0
     for prompt in prompts:
-        record = moderate_turn(guard, prompt, args.response, threshold, **options)
+        record = moderate_turn(guard, prompt, args.response, thresholds, **options)
         if args.json:
             print(json.dumps(record), flush=True)
         elif first:

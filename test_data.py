@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import CHATML
-from data import encode, epoch_batches, labels, load_splits
+from data import encode, epoch_batches, evaluation_rows, labels, load_splits
 from lora import UserError
 
 NAMES = ["theft", "hate"]
@@ -73,10 +73,62 @@ def test_the_hubs_beavertails_is_its_30k_version(monkeypatch):
     """Kills: taking all splits of the hub, which hold the same rows twice, or its test rows for training."""
     sizes = {"330k_train": (400, 0), "330k_test": (80, 400), "30k_train": (100, 0), "30k_test": (20, 400)}
     hub = {name: datasets.Dataset.from_list(make_rows(*size)) for name, size in sizes.items()}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: hub)
     splits, names = load_splits(["PKU-Alignment/BeaverTails"])
     assert len(splits["train"]) + len(splits["validation"]) == 100 and len(splits["test"]) == 20 and names == NAMES
     assert splits["test"] == make_rows(20, 400)
+
+
+def test_of_a_hub_id_its_test_split_alone_is_evaluated_and_of_files_all_rows(tmp_path, monkeypatch):
+    """Kills: evaluating on what a guard was trained on, the 330k rows beside the 30k, files that are passed over."""
+    hub = {"30k_train": (100, 0), "30k_test": (20, 400), "330k_test": (80, 400)}
+    hub = {name: datasets.Dataset.from_list(make_rows(*size)) for name, size in hub.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda name, config: hub)
+        assert evaluation_rows(["PKU-Alignment/BeaverTails"]) == make_rows(20, 400)
+        del hub["30k_test"], hub["330k_test"]
+        assert evaluation_rows(["some/data-set"]) == make_rows(100)  # it has no other
+    files = [write(tmp_path / name, make_rows(10, start)) for name, start in (("train.jsonl", 0), ("test.jsonl", 50))]
+    assert evaluation_rows(files) == make_rows(10) + make_rows(10, 50)
+
+
+def evaluated(rows):
+    return [(row["prompt"], row["response"], row["category"], row["is_safe"]) for row in rows]
+
+
+def test_toxic_chat_is_read_from_the_hub_and_from_files(tmp_path, monkeypatch):
+    """Kills: its older version, the model's output judged along, labels turned round, a label that is no label."""
+    rows = [
+        {"conv_id": "a", "user_input": "one", "model_output": "no", "human_annotation": True, "toxicity": 0},
+        {"conv_id": "b", "user_input": "two", "model_output": "no", "human_annotation": True, "toxicity": 1},
+    ]
+    wanted, asked = [("one", None, None, True), ("two", None, None, False)], []
+    with monkeypatch.context() as patch:
+        hub = {"train": datasets.Dataset.from_list(rows[:1]), "test": datasets.Dataset.from_list(rows)}
+        patch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or hub)
+        assert evaluated(evaluation_rows(["lmsys/toxic-chat"])) == wanted
+        assert asked == [("lmsys/toxic-chat", "toxicchat0124")]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "toxic.csv")
+    for path in (write(tmp_path / "toxic.jsonl", rows), str(tmp_path / "toxic.csv")):
+        assert evaluated(evaluation_rows([path])) == wanted
+    with pytest.raises(UserError, match="row 1: `toxicity`"):
+        evaluation_rows([write(tmp_path / "bad.jsonl", [rows[0] | {"toxicity": None}])])
+
+
+def test_openais_moderation_set_is_unsafe_where_any_known_label_is_1(tmp_path):
+    """Kills: one label that is not looked at, an unknown label taken for harm, labels turned round."""
+    unknown = {"prompt": "none known"}
+    rows = [{"prompt": name, "S": 0, name: 1} for name in ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")]
+    rows += [{"prompt": "safe", "S": 0, "V2": 0}, {"prompt": "null", "S": None, "H": 0}]
+    wanted = [(row["prompt"], None, None, number >= 8) for number, row in enumerate(rows)]
+    assert evaluated(evaluation_rows([write(tmp_path / "samples-1680.jsonl", rows)])) == wanted
+    names = ("prompt", "S", "H", "V", "HR", "SH", "S3", "H2", "V2")
+    datasets.Dataset.from_list([dict.fromkeys(names) | row for row in rows]).to_csv(tmp_path / "samples.csv")
+    assert evaluated(evaluation_rows([str(tmp_path / "samples.csv")])) == wanted
+    with pytest.raises(UserError, match="row 1"):
+        evaluation_rows([write(tmp_path / "bad.jsonl", [unknown])])
+    ours = [{"prompt": "a", "is_safe": False, "S": 0}, {"prompt": "b", "category": {"S": True}, "S": 0}]
+    assert not any(row["is_safe"] for row in evaluation_rows([write(tmp_path / "ours.jsonl", ours)]))
 
 
 def test_the_three_formats_hold_the_same_rows(tmp_path):

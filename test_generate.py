@@ -6,9 +6,10 @@ from transformers import TextStreamer
 
 from conftest import CONTEXT, make_guard, make_model
 from lora import UserError
+from model import Thresholds
 
 KINDS = ["llama", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox"]
-NEVER = 2.0
+NEVER = Thresholds(2.0, 2.0)  # judge, never stop
 
 
 def prompts(guard):
@@ -99,7 +100,7 @@ def test_a_flagged_answer_stops_there_and_in_its_own_row_alone(kind, monkeypatch
         return logits
 
     monkeypatch.setattr(guard, "judge", judge)
-    bad_answer, good, bad_prompt = guard.generate(asked, 0.5, max_new_tokens=20, verdict_every=4)
+    bad_answer, good, bad_prompt = guard.generate(asked, Thresholds(0.5, 0.5), max_new_tokens=20, verdict_every=4)
     wanted = plain(guard, asked)
     assert (bad_answer.ids, bad_answer.stopped) == (wanted[0][:8], "response")
     assert (good.ids, good.stopped) == (wanted[1], None)
@@ -108,13 +109,22 @@ def test_a_flagged_answer_stops_there_and_in_its_own_row_alone(kind, monkeypatch
     assert len(count) == 6
 
 
+def test_prompts_and_answers_have_thresholds_of_their_own():
+    """Kills: the prompt's threshold for the answer, or the answer's for the prompt, in stopping or in saying why."""
+    guard = guard_of()
+    asked = prompts(guard)
+    assert all(answer.stopped == "prompt" for answer in guard.generate(asked, Thresholds(0.0, 2.0), max_new_tokens=6))
+    answers = guard.generate(asked, Thresholds(2.0, 0.0), max_new_tokens=6, verdict_every=2)
+    assert all((answer.stopped, len(answer.verdicts)) == ("response", 2) for answer in answers)
+
+
 def test_a_threshold_outside_0_to_1_means_always_or_never():
     """Kills: > for >=, a threshold that is not read."""
     guard = guard_of()
     asked = prompts(guard)
-    assert all(answer.stopped == "prompt" for answer in guard.generate(asked, -1.0))
+    assert all(answer.stopped == "prompt" for answer in guard.generate(asked, Thresholds(-1.0, -1.0)))
     exact = guard.generate(asked[:1], NEVER, max_new_tokens=4)[0].verdicts[0][1][0]
-    assert guard.generate(asked[:1], exact, max_new_tokens=4)[0].stopped == "prompt"
+    assert guard.generate(asked[:1], Thresholds(exact, 2.0), max_new_tokens=4)[0].stopped == "prompt"
     assert guard.generate(asked[:1], NEVER, max_new_tokens=4)[0].stopped is None
 
 
@@ -213,7 +223,7 @@ def test_no_number_for_a_verdict_stops_the_answer(monkeypatch):
     """Kills: >= threshold, which lets a guard that computes nan pass everything."""
     guard = guard_of()
     monkeypatch.setattr(guard, "judge", lambda cache, mask=None: torch.full((1, 3), torch.nan))
-    assert guard.generate(prompts(guard)[:1], 0.5)[0].stopped == "prompt"
+    assert guard.generate(prompts(guard)[:1], Thresholds(0.5, 0.5))[0].stopped == "prompt"
 
 
 def test_none_for_an_option_is_transformers_own_default():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ import model as model_module
 from conftest import CONTEXT, make_guard, make_model, make_tokenizer
 from data import encode
 from lora import LoRALinear, UserError
-from model import GUARD, GuardedChat, load_guard, write_whole
+from model import GUARD, GuardedChat, load_guard, probabilities, write_whole
 
 KINDS = ["llama", "mistral", "gpt2"]
 PATHS = ["activated", "full"]
@@ -189,6 +190,35 @@ def test_a_cache_that_cannot_be_lent_is_refused():
         guard.judge(cache)
 
 
+def test_caches_kept_in_a_folder_give_the_same_verdicts_and_are_read_once(tmp_path, monkeypatch):
+    """Kills: a cut that is not made, or made on the wrong side; padding that is attended to; a file for another text,
+    model or dtype; conversations that are read again; a cache in which the guard's own tokens are kept."""
+    guard = make_guard()
+    ids, ends = conversations(guard), [3, 9, 5, 7][: len(TEXTS)]
+    plain, whole = guard(ids, ends), guard(ids)
+    assert torch.allclose(plain, guard([row[:end] for row, end in zip(ids, ends, strict=True)]))
+    guard.keep_caches(tmp_path / "caches")
+    read = []
+    forward = guard.chat_model.base_model.forward
+    monkeypatch.setattr(guard.chat_model.base_model, "forward", lambda **kw: read.append(kw) or forward(**kw))
+    assert torch.allclose(guard(ids, ends), plain, atol=1e-5)
+    assert len(read) == len(ids) + 1 and len(list(guard.cache_dir.iterdir())) == len(ids)
+    assert torch.allclose(guard(ids), whole, atol=1e-5) and torch.allclose(guard(ids[::-1]), whole.flip(0), atol=1e-5)
+    assert len(read) == len(ids) + 3
+    for other in (make_model(seed=1), make_model().to(torch.bfloat16)):  # the first differs in its matrices alone
+        other = GuardedChat(other, make_tokenizer(), categories=["theft", "hate"])
+        other.keep_caches(tmp_path / "caches")
+        assert other.cache_dir != guard.cache_dir
+
+
+def test_a_model_whose_cache_forgets_is_refused_a_cache_folder(tmp_path):
+    """Kills: a window of the last tokens taken for the whole conversation."""
+    guard = make_guard("mistral")
+    guard.keep_caches(tmp_path)
+    with pytest.raises(UserError, match="cache"):
+        guard(conversations(guard))
+
+
 # The adapter file.
 
 
@@ -196,7 +226,8 @@ def test_a_cache_that_cannot_be_lent_is_refused():
 def saved(tmp_path, model_folder, monkeypatch):
     """(guard, config path, adapter path) of a guard whose base model is a local folder."""
     guard = make_guard()
-    config = {"base_model": model_folder, "dtype": "float32", "threshold": 0.5, **guard.settings}
+    config = {"base_model": model_folder, "dtype": "float32", "calibration": guard.calibration}
+    config |= guard.settings | {"threshold": 0.5, "prompt_threshold": 0.9}
     (tmp_path / "config.json").write_text(json.dumps(config))
     guard.save_adapter(tmp_path / "adapter.safetensors")
     return guard, tmp_path / "config.json", tmp_path / "adapter.safetensors"
@@ -213,9 +244,9 @@ def rewrite(path, change):
 def test_save_and_load_give_equal_scores_and_equal_bytes(saved, tmp_path):
     """Kills: a tensor that is not saved or not loaded, one saved in less precision, metadata in no fixed order."""
     guard, config, adapter = saved
-    loaded, threshold = load_guard(config, adapter)
+    loaded, thresholds = load_guard(config, adapter)
     assert torch.equal(loaded.score(conversations(loaded)), guard.score(conversations(guard)))
-    assert threshold == 0.5
+    assert thresholds == (0.9, 0.5)
     loaded.save_adapter(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == adapter.read_bytes()
 
@@ -327,8 +358,14 @@ def test_a_damaged_config_is_refused(saved, text):
         ("base_model", 3),
         ("guard_prompt", None),
         ("threshold", "high"),
+        ("prompt_threshold", None),
         ("guard_path", "half"),
         ("categories", "x"),
+        ("calibration", None),
+        ("calibration", {"shift": [0.0, 0.0, 0.0], "temperature": [1.0]}),
+        ("calibration", {"shift": [0.0], "temperature": [1.0]}),
+        ("calibration", {"shift": [0.0, 0.0, math.nan], "temperature": [1.0, 1.0, 1.0]}),
+        ("calibration", {"shift": [0.0, 0.0, 0.0], "temperature": [1.0, 0.0, 1.0]}),
     ],
 )
 def test_a_config_with_a_wrong_value_is_refused_by_field(saved, field, value):
@@ -338,6 +375,20 @@ def test_a_config_with_a_wrong_value_is_refused_by_field(saved, field, value):
     with pytest.raises(UserError) as error:
         load_guard(config, adapter)
     assert any(name in str(error.value) for name in ("config.json", field.replace("_", " "), "LoRA rank"))
+
+
+def test_probabilities_are_what_the_calibration_makes_of_the_logits(saved):
+    """Kills: a shift or temperature that is not read, of another output, in the wrong order or in single precision."""
+    _, config, adapter = saved
+    calibration = {"shift": [0.5, -1.0, 2.0], "temperature": [2.0, 0.5, 1.0]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"calibration": calibration}))
+    guard, _ = load_guard(config, adapter)
+    logits = torch.tensor([[1.0, 2.0, 3.0], [40.0, -1.0, torch.nan]])
+    found = probabilities(logits, guard.calibration)
+    wanted = [[1 / (1 + math.exp(-z)) for z in row] for row in ([0.25, 6.0, 1.0], [19.75, 0.0])]
+    assert found[0].tolist() == pytest.approx(wanted[0], abs=1e-12)
+    assert found[1, :2].tolist() == pytest.approx(wanted[1], abs=1e-12) and found[1, 2].isnan()
+    assert found[1, 0] < 1
 
 
 def test_settings_that_make_no_sense_are_refused():

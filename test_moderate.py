@@ -19,7 +19,7 @@ import moderate
 from conftest import CHATML, make_guard
 from data import encode
 from lora import UserError
-from model import Answer, GuardedChat
+from model import Answer, GuardedChat, Thresholds
 from moderate import Screen, chat, moderate_turn, score_file
 
 FIELDS = ["prompt", "prompt_unsafe_probability", "response", "response_unsafe_probability", "flagged", "stopped"]
@@ -35,7 +35,8 @@ ROWS = [
 def files(tmp_path, model_folder):
     """config.json and adapter.safetensors of a small guard, as train.py leaves them."""
     guard = make_guard()
-    config = {"base_model": model_folder, "dtype": "float32", "threshold": 0.4, **guard.settings}
+    config = {"base_model": model_folder, "dtype": "float32", "calibration": guard.calibration}
+    config |= guard.settings | {"threshold": 0.4, "prompt_threshold": 0.4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     guard.save_adapter(tmp_path / "adapter.safetensors")
     return [str(tmp_path / "config.json"), str(tmp_path / "adapter.safetensors"), "--device-id", "-1"]
@@ -45,6 +46,10 @@ def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["moderate.py", *map(str, arguments)])
     moderate.main()
     return capsys.readouterr().out
+
+
+def both(threshold):
+    return Thresholds(threshold, threshold)
 
 
 def probabilities(guard, *texts):
@@ -97,13 +102,13 @@ def test_what_stops_a_turn(monkeypatch, prompt, response, stopped):
 
     monkeypatch.setattr(guard, "judge", judge)
     options = {"max_new_tokens": 6, "verdict_every": 4}
-    record = moderate_turn(guard, "hi", None, 0.5, **options)
+    record = moderate_turn(guard, "hi", None, both(0.5), **options)
     assert record["stopped"] == stopped and record["flagged"] == (stopped is not None)
     assert (record["response"] is None) == (stopped == "prompt") == (record["response_unsafe_probability"] is None)
     assert [n for n, _ in record["verdicts"]] == {"prompt": [], "response": [4], None: [4, 6]}[stopped]
-    assert moderate_turn(guard, "hi", None, 1.1, **options)["stopped"] is None
+    assert moderate_turn(guard, "hi", None, both(1.1), **options)["stopped"] is None
     monkeypatch.undo()
-    assert moderate_turn(guard, "hi", "the answer", 0.0)["stopped"] is None
+    assert moderate_turn(guard, "hi", "the answer", both(0.0))["stopped"] is None
 
 
 def test_sampling_is_off_until_asked_for(files, monkeypatch, capsys):
@@ -124,12 +129,12 @@ def test_a_prompt_without_room_for_an_answer_is_judged_in_windows_and_not_answer
     guard, prompt = make_guard(), "how is the bread? " * 60
     ids = encode(guard.tokenizer, prompt)
     assert len(ids) > guard.max_tokens
-    record = moderate_turn(guard, prompt, None, 2.0, max_new_tokens=5)
+    record = moderate_turn(guard, prompt, None, both(2.0), max_new_tokens=5)
     assert record["response"] is record["stopped"] is record["response_unsafe_probability"] is None
     assert record["prompt_unsafe_probability"] == pytest.approx(
         float(torch.sigmoid(guard.score([ids])[0, 0])), abs=1e-6
     )
-    assert moderate_turn(guard, prompt, None, 0.0, max_new_tokens=5)["stopped"] == "prompt"
+    assert moderate_turn(guard, prompt, None, both(0.0), max_new_tokens=5)["stopped"] == "prompt"
     with pytest.raises(UserError, match="leave no room"):
         run(monkeypatch, capsys, *files, "--prompt", prompt, "--threshold=2", "--json")
     assert json.loads(capsys.readouterr().out)["prompt"] == prompt
@@ -139,7 +144,7 @@ def test_a_file_comes_back_in_order_with_its_verdicts(files, monkeypatch, capsys
     """Kills: rows in another order, other fields lost, an answer that is not judged, a chunk or its rest left out."""
     guard = make_guard()
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 3) + "\n")
-    score_file(guard, tmp_path / "in.jsonl", tmp_path / "chunks.jsonl", 0.4, chunk_rows=2)
+    score_file(guard, tmp_path / "in.jsonl", tmp_path / "chunks.jsonl", both(0.4), chunk_rows=2)
     run(monkeypatch, capsys, *files, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     for name in ("chunks.jsonl", "out.jsonl"):
         found = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
@@ -172,7 +177,7 @@ def test_a_bad_line_is_refused_by_number_before_anything_is_judged(line, tmp_pat
     (tmp_path / "in.jsonl").write_text(json.dumps(ROWS[0]) + "\n\n" + line + "\n", errors="surrogateescape")
     (tmp_path / "out.jsonl").write_text("earlier\n")
     with pytest.raises(UserError, match="line 3"):
-        score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl", 0.5)
+        score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl", both(0.5))
     assert (tmp_path / "out.jsonl").read_text() == "earlier\n"
 
 
@@ -182,7 +187,7 @@ def test_an_output_that_would_destroy_the_input_is_refused(tmp_path):
     os.link(tmp_path / "in.jsonl", tmp_path / "link.jsonl")
     for output in ("in.jsonl", "link.jsonl"):
         with pytest.raises(UserError, match="destroy"):
-            score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / output, 0.5)
+            score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / output, both(0.5))
     assert json.loads((tmp_path / "in.jsonl").read_text()) == ROWS[0]
 
 
@@ -191,12 +196,12 @@ def test_a_killed_scoring_goes_on_where_it_was(kept, tmp_path, monkeypatch):
     """Kills: rows judged twice or left out, half a line kept, a finished file that is scored anew."""
     guard, source, target = make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row | {"flagged": "by hand"}) + "\n" for row in ROWS * 3))
-    score_file(guard, source, target, 0.4, chunk_rows=2)
+    score_file(guard, source, target, both(0.4), chunk_rows=2)
     whole = target.read_bytes()
     target.write_bytes(whole[: int(kept * len(whole))])
     there, score, judged = target.read_bytes().count(b"\n"), guard.score, []
     monkeypatch.setattr(guard, "score", lambda rows: judged.extend(rows) or score(rows))
-    score_file(guard, source, target, 0.4, chunk_rows=2)
+    score_file(guard, source, target, both(0.4), chunk_rows=2)
     assert len(judged) == 9 - there and (kept in (0, 0.05, 1) or 0 < there < 9)
     for ours, wanted in zip(target.read_bytes().splitlines(), whole.splitlines(), strict=True):
         ours, wanted = json.loads(ours), json.loads(wanted)
@@ -226,11 +231,11 @@ def test_an_output_of_something_else_is_refused_and_kept(change, tmp_path):
     """Kills: rows appended to another file, a file that is cut off or lost, two thresholds in one file."""
     guard, source, target = make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    score_file(guard, source, target, 0.0)
+    score_file(guard, source, target, both(0.0))
     content = change(target.read_bytes())
     target.write_bytes(content)
     with pytest.raises(UserError, match=r"line \d of .*out\.jsonl.*another --output"):
-        score_file(guard, source, target, 0.0)
+        score_file(guard, source, target, both(0.0))
     assert target.read_bytes() == content
 
 
@@ -254,13 +259,33 @@ def test_two_processes_share_the_rows_of_a_file(files, tmp_path):
     assert b"several processes" in refused.stderr
 
 
+def test_prompts_and_answers_have_thresholds_of_their_own(monkeypatch, tmp_path):
+    """Kills: the one in place of the other: in a file, in a pair, in a turn, where a response is only white space."""
+    guard = make_guard()
+    monkeypatch.setattr(guard, "score", lambda texts: torch.zeros(len(texts), 3))
+    rows = [{"prompt": "hi"}, {"prompt": "hi", "response": " "}, {"prompt": "hi", "response": "or"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for thresholds, wanted in (
+        (Thresholds(0.6, 0.4), [False, False, True]),
+        (Thresholds(0.4, 0.6), [True, True, False]),
+    ):
+        score_file(guard, tmp_path / "in.jsonl", tmp_path / f"{wanted[0]}.jsonl", thresholds)
+        lines = (tmp_path / f"{wanted[0]}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["flagged"] for line in lines] == wanted
+        assert moderate_turn(guard, "hi", "or", thresholds)["flagged"] == wanted[2]
+        long = moderate_turn(
+            guard, "hi", None, thresholds, max_new_tokens=10**6
+        )  # no room, so the prompt alone is judged
+        assert (long["flagged"], long["stopped"]) == (wanted[0], "prompt" if wanted[0] else None)
+
+
 def test_a_probability_at_the_threshold_is_flagged(monkeypatch, tmp_path):
     """Kills: > for >=."""
     guard = make_guard()
     monkeypatch.setattr(guard, "score", lambda rows: torch.zeros(len(rows), 3))
-    assert moderate_turn(guard, "hi", "the answer", 0.5)["flagged"]
+    assert moderate_turn(guard, "hi", "the answer", both(0.5))["flagged"]
     (tmp_path / "in.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    score_file(guard, tmp_path / "in.jsonl", tmp_path / "out.jsonl", 0.5)
+    score_file(guard, tmp_path / "in.jsonl", tmp_path / "out.jsonl", both(0.5))
     assert json.loads((tmp_path / "out.jsonl").read_text())["flagged"]
 
 
@@ -268,9 +293,9 @@ def answers(monkeypatch, *texts):
     """Let the guard give these answers, unflagged, whatever it is asked."""
     queue = list(texts) * 9
 
-    def generate(guard, conversations, threshold, **options):
+    def generate(guard, conversations, thresholds, **options):
         ids = guard.tokenizer(queue.pop(0)).input_ids
-        stopped = "prompt" if threshold <= 0 else None
+        stopped = "prompt" if thresholds.prompt <= 0 else None
         return [
             Answer([] if stopped else ids, [(0, [0.1] * 3), *([] if stopped else [(len(ids), [0.2] * 3)])], stopped)
         ]
@@ -438,7 +463,7 @@ def talk(monkeypatch, guard, lines, **options):
         return line
 
     monkeypatch.setattr("builtins.input", read)
-    chat(guard, **{"threshold": 2.0, "max_new_tokens": 6, "verdict_every": 2, **options})
+    chat(guard, **{"thresholds": both(2.0), "max_new_tokens": 6, "verdict_every": 2, **options})
 
 
 def test_a_chat_keeps_what_was_said_and_forgets_what_was_flagged(monkeypatch, capsys):
@@ -446,9 +471,10 @@ def test_a_chat_keeps_what_was_said_and_forgets_what_was_flagged(monkeypatch, ca
     guard, asked, bad = make_guard(), [], {1}
     generate = GuardedChat.generate
 
-    def spy(guard, conversations, threshold, **options):
+    def spy(guard, conversations, thresholds, **options):
         asked.append(guard.tokenizer.decode(conversations[0]))
-        return generate(guard, conversations, 0.0 if len(asked) - 1 in bad else threshold, **options)
+        flagged = both(0.0) if len(asked) - 1 in bad else thresholds
+        return generate(guard, conversations, flagged, **options)
 
     monkeypatch.setattr(GuardedChat, "generate", spy)
     talk(monkeypatch, guard, ["one", "  ", KeyboardInterrupt(), "two", "three", "four"])
@@ -476,7 +502,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_token(monkeypatch, capsys):
     """Kills: a forward pass that cannot be broken off, a chat that ends with it, a half turn that is kept."""
     guard, asked = make_guard(), []
 
-    def generate(guard, conversations, threshold, **options):
+    def generate(guard, conversations, thresholds, **options):
         asked.append(len(conversations[0]))
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -502,7 +528,7 @@ def test_an_input_that_can_be_read_only_once_is_refused(tmp_path):
     """Kills: rows that are checked and then gone."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="more than once"):
-        score_file(make_guard(), tmp_path / "pipe", tmp_path / "out.jsonl", 0.5)
+        score_file(make_guard(), tmp_path / "pipe", tmp_path / "out.jsonl", both(0.5))
 
 
 def test_a_conversation_that_fills_the_context_starts_anew(monkeypatch, capsys):

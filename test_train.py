@@ -3,11 +3,13 @@
 import csv
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,10 +18,11 @@ from accelerate.state import AcceleratorState
 import train
 from conftest import make_tokenizer
 from data import encode, load_splits
+from evaluate import best_threshold
 from lora import UserError
-from model import GuardedChat
+from model import GuardedChat, probabilities
 from test_data import make_rows, write
-from train import guard_loss, learning_rate
+from train import calibrate, choose_thresholds, guard_loss, learning_rate
 
 SCRIPT = Path(train.__file__)
 FILES = ("adapter.safetensors", "config.json", "metrics.csv", "train_losses.csv")
@@ -68,11 +71,16 @@ def test_a_run_learns_and_leaves_the_files_of_the_contract(path, model_folder, r
     assert len(metrics) == 6 and len(losses) == 6 * 5  # 66 training rows in batches of 16
     measures = ("accuracy", "precision", "recall", "f1", "fpr", "auprc")
     columns = itertools.product(train.SPLITS, ("", "/theft", "/hate"), measures)
-    assert set(metrics[0]) == {f"{split}{name}/{measure}" for split, name, measure in columns} | {"epoch", "threshold"}
+    assert set(metrics[0]) == {f"{split}{name}/{measure}" for split, name, measure in columns} | {
+        "epoch",
+        "threshold",
+        "prompt_threshold",
+    }
     best = max(metrics, key=lambda row: float(row["validation/auprc"]))
     kept = output / f"checkpoints/epoch_{best['epoch']}.safetensors"
     assert (output / "adapter.safetensors").read_bytes() == kept.read_bytes()
     assert config["threshold"] == float(best["threshold"])
+    assert len(config["calibration"]["shift"]) == len(config["calibration"]["temperature"]) == 3
     assert config["base_model"] == model_folder and config["categories"] == ["theft", "hate"]
     assert config["guard_path"] == path and config["arguments"]["epochs"] == 6
     assert counts["trained"] == sum(tensor.numel() for tensor in tensors(output).values())
@@ -87,9 +95,10 @@ def test_half_of_the_answers_are_cut_somewhere_anew_in_every_epoch(path, model_f
     Kills: answers always whole, cuts in the prompt, the same cuts in every epoch, cuts in what is scored."""
     seen, forward = {True: [], False: []}, GuardedChat.forward
 
-    def spy(guard, conversations):
-        seen[guard.training].extend(conversations)
-        return forward(guard, conversations)
+    def spy(guard, conversations, ends=None):
+        cut = zip(conversations, ends or map(len, conversations), strict=True)
+        seen[guard.training].extend(ids[:end] for ids, end in cut)
+        return forward(guard, conversations, ends)
 
     monkeypatch.setattr(GuardedChat, "forward", spy)
     run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, "--epochs=2", "--guard-path", path)
@@ -223,6 +232,76 @@ def test_a_category_without_positives_and_rows_without_categories_train(model_fo
     assert all(tensor.isfinite().all() for tensor in tensors(tmp_path / "run").values())
 
 
+def test_calibration_undoes_the_weights_and_the_confidence_of_the_loss():
+    """Kills: a shift the other way, the unsafe output's temperature for the categories', unknown labels taken for 0,
+    a weight of 0 that makes the shift infinite, a shift for the largest logit, which no weight belongs to."""
+    torch.manual_seed(0)
+    weight, chance = torch.tensor([0.5, 9.0, 0.0]), torch.randn(20000, 3)
+    target = (torch.rand(20000, 3) < chance.sigmoid()).float()
+    target[:, 2] = 1
+    logits = chance * torch.tensor([3.0, 0.5, 0.5]) + torch.tensor([0.5, 9.0, 1e-3]).log()
+    target[::2, 1:] = torch.nan
+    logits[::2, 1] = -20.0
+    found = calibrate(logits, target, weight, True)
+    assert found["shift"] == pytest.approx([math.log(0.5), math.log(9.0), math.log(1e-3)])
+    assert found["temperature"][0] == pytest.approx(3, rel=0.06)
+    only = calibrate(logits[:, :2], target[:, :2], weight[:2], True)
+    assert only["temperature"] == pytest.approx([3, 0.5], rel=0.06)
+    for column in (0, 1):
+        share = probabilities(logits[1::2, :2], only)[:, column].mean().item()
+        assert share == pytest.approx(target[1::2, column].mean().item(), abs=0.02)
+    assert calibrate(logits, target, weight, False)["shift"] == [0, *found["shift"][1:]]
+    target[:, 1:] = torch.nan
+    assert calibrate(logits, target, weight, True)["temperature"][1:] == [1, 1]
+
+
+def test_thresholds_are_chosen_for_answers_by_f1_and_for_prompts_by_few_refusals():
+    """Kills: prompts that take part in the choice for answers, or the other way round; a best F1 for prompts, which
+    refuses safe ones; a prompt refused where the rows say nothing about prompts alone."""
+    labels = np.array([0, 1, 1, 0, 0, 1, 0, 1, 1])
+    scores = np.array([0.1, 0.3, 0.5, 0.2, 0.1, 0.4, 0.6, 0.5, 0.8])
+    answered = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0], bool)
+    assert choose_thresholds(labels, scores, answered, None) == pytest.approx((0.7, 0.25))
+    assert choose_thresholds(labels, scores, answered, 0.5) == pytest.approx((0.25, 0.15))
+    assert choose_thresholds(labels[:4], scores[:4], answered[:4], None) == pytest.approx((2.0, 0.25))
+    assert choose_thresholds(labels[3:], scores[3:], answered[3:], None)[0] == pytest.approx(0.7)
+    assert choose_thresholds(labels[3:], scores[3:], answered[3:], None)[1] == best_threshold(labels[3:], scores[3:])
+
+
+def test_a_false_positive_rate_that_the_user_names_is_kept(model_folder, tmp_path, monkeypatch):
+    """Kills: an option that is not read, the rate of another split, a threshold that is not the one of the metrics."""
+    alike = [row | {"response": "safe"} for row in make_rows(80)]  # so that the classes overlap
+    options = ["--dataset", write(tmp_path / "alike.jsonl", alike), "--epochs=1"]
+    run(monkeypatch, model_folder, tmp_path / "run", *options, "--max-fpr=0")
+    [row] = table(tmp_path / "run", "metrics.csv")
+    assert float(row["validation/fpr"]) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["threshold"] == float(row["threshold"])
+    run(monkeypatch, model_folder, tmp_path / "best", *options)
+    [best] = table(tmp_path / "best", "metrics.csv")
+    assert float(best["validation/f1"]) > float(row["validation/f1"])
+
+
+def test_kept_caches_change_no_loss_and_a_second_run_is_the_same(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: whole answers where cut ones are due, rows mixed up, caches of which the second run is not told."""
+    for name, options in (
+        ("plain", []),
+        ("kept", ["--cache-dir", tmp_path / "c"]),
+        ("again", ["--cache-dir", tmp_path / "c"]),
+    ):
+        run(monkeypatch, model_folder, tmp_path / name, "--dataset", rows, *COMMON, *options)
+    assert close(tensors(tmp_path / "plain"), tensors(tmp_path / "kept"), 2e-4)
+    for file in FILES:
+        assert (tmp_path / "kept" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    assert len(list((tmp_path / "c").glob("*/*"))) == len(list((tmp_path / "c").glob("*/*.safetensors"))) > 60
+
+
+def test_without_lora_the_head_alone_learns(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: "none" taken for a layer's name, adapters that are made all the same."""
+    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, "--lora-targets=none", "--epochs=1")
+    assert set(tensors(tmp_path / "run")) == {"guard_head.weight", "guard_head.bias"}
+    assert json.loads((tmp_path / "run/config.json").read_text())["lora_targets"] == []
+
+
 def test_learning_rate_rises_and_falls():
     """Kills: no warm-up, no decay, a peak that is not reached."""
     rates = [learning_rate(update, 100, 2.0) for update in range(100)]
@@ -242,6 +321,8 @@ BAD_ARGUMENTS = {
     "an alpha without end": ["--lora-alpha=inf"],
     "a rank above every width": ["--lora-r=1000"],
     "a tracker that is not there": ["--report-to=junk"],
+    "a rate above 1": ["--max-fpr=1.5"],
+    "caches on the path that has none": ["--guard-path=full", "--cache-dir=caches"],
 }
 
 

@@ -12,16 +12,20 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import LoggerType, set_seed
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from data import BEAVERTAILS, SPLITS, answer_start, encode, epoch_batches, labels, load_splits
-from evaluate import best_threshold, metrics
+from data import BEAVERTAILS, SPLITS, answer_start, encode, epoch_batches, is_answer, labels, load_splits
+from evaluate import best_threshold, fit_temperature, metrics, threshold_at_fpr
 from lora import UserError, first_line, run, trainable
-from model import EMBEDDED, GUARD, GuardedChat, load_chat_model, probabilities, write_whole
+from model import EMBEDDED, GUARD, GuardedChat, Thresholds, load_chat_model, probabilities, write_whole
+
+NEVER = 2.0  # a threshold that no probability reaches
+PROMPT_FPR = 0.02  # to refuse a harmless question is worse than to answer a harmful one, for answers are judged too
 
 
 def parse_arguments():
@@ -34,7 +38,9 @@ def parse_arguments():
         "--dataset", nargs="+", help=f"hub id, or files; default {BEAVERTAILS}, or sample.jsonl where no model is named"
     )
     add("--guard-path", choices=("activated", "full"), help="full is the paper's")
-    add("--lora-targets", type=lambda names: names.split(","), help="all-linear, or names: q_proj,v_proj (the paper's)")
+    add("--guard-prompt", help="the question behind the conversation, on the activated path")
+    names = "all-linear, names as q_proj,v_proj (the paper's), or none: the head alone learns"
+    add("--lora-targets", type=lambda names: [] if names == "none" else names.split(","), help=names)
     add("--lora-r", type=int)
     add("--lora-alpha", type=float)
     add("--lora-dropout", type=float)
@@ -46,15 +52,22 @@ def parse_arguments():
     add("--gradient-accumulation-steps", type=int, default=1)
     add("--eval-batch-size", type=int, default=32)
     add("--learning-rate", type=float, default=1e-3)
+    add("--max-fpr", type=float, help="of validation, which the threshold must keep to; default: the best F1 decides")
     add("--seed", type=int, default=0)
+    cache = "keep the chat path's caches here, for later epochs and runs; 23 KB a token for the embedded model"
+    add("--cache-dir", type=Path, help=cache)
     add("--resume", action="store_true", help="go on with the run in output_dir after its last whole epoch")
     add("--report-to", choices=[tracker.value for tracker in LoggerType], help="one of accelerate's trackers")
     args = parser.parse_args()
     for name in ("epochs", "per_device_batch_size", "gradient_accumulation_steps", "eval_batch_size", "learning_rate"):
         if not 0 < getattr(args, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must be above 0")
+    if args.max_fpr is not None and not 0 <= args.max_fpr < 1:
+        raise UserError("--max-fpr must be from 0 to below 1")
     if not 0 <= args.seed < 2**31:
         raise UserError("--seed must be from 0 to 2147483647")
+    if args.cache_dir and args.guard_path == "full":
+        raise UserError("--cache-dir is for the activated path; in full the guard changes what the cache holds")
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run to go on with: train.py MODEL OUTPUT_DIR --resume")
     if args.dataset is None:
@@ -82,19 +95,25 @@ def main():
     settings = {name: value for name, value in vars(args).items() if name in GUARD}
     guard = GuardedChat(chat_model, tokenizer, categories=categories, **settings)
     dtype = str(chat_model.dtype).removeprefix("torch.")
-    config = {"base_model": args.hf_model_id, "dtype": dtype, **guard.settings, "threshold": 0.5}
-    config["arguments"] = {name: value for name, value in vars(args).items() if name not in ("output_dir", "resume")}
+    config = {"base_model": args.hf_model_id, "dtype": dtype, **guard.settings}
+    config |= {"threshold": 0.5, "prompt_threshold": NEVER, "calibration": guard.calibration}
+    places = ("output_dir", "cache_dir", "resume")
+    config["arguments"] = {name: value for name, value in vars(args).items() if name not in places}
     state = open_output(output, config, args.resume)
     accelerator.wait_for_everyone()  # or a slower process would find the files of this run in its way
+
+    if args.cache_dir:
+        guard.keep_caches(args.cache_dir)
 
     # Every text is tokenised once; what does not fit the context is left out here, and judged in windows in use.
     texts = {split: [encode(tokenizer, row["prompt"], row["response"]) for row in rows[split]] for split in SPLITS}
     targets = {split: labels(rows[split], categories) for split in SPLITS}  # (rows, 1 + K)
+    answered = {split: np.array([is_answer(row["response"]) for row in rows[split]], bool) for split in SPLITS}
     fits = torch.tensor([len(ids) <= guard.max_tokens for ids in texts["train"]])
     if not fits.all():
         accelerator.print(f"left out {(~fits).sum()} training rows of more than {guard.max_tokens} tokens")
         texts["train"] = [ids for ids in texts["train"] if len(ids) <= guard.max_tokens]
-        targets["train"] = targets["train"][fits]
+        targets["train"], answered["train"] = targets["train"][fits], answered["train"][fits.numpy()]
         if len(targets["train"][:, 0].unique()) < 2:
             raise UserError("the training rows that fit the context are not both safe and unsafe")
     lengths = torch.tensor([len(ids) for ids in texts["train"]])
@@ -138,7 +157,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(update, args.epochs * updates, args.learning_rate)
             with accelerator.accumulate(model):
-                logits = model([texts["train"][row][: ends[row]] for row in batch])  # (B, 1 + K)
+                logits = model([texts["train"][row] for row in batch], [ends[row] for row in batch])  # (B, 1 + K)
                 target = targets["train"][batch].to(accelerator.device)
                 loss = guard_loss(logits, target, pos_weight, guard.unsafe_head)
                 accelerator.backward(loss)
@@ -163,11 +182,13 @@ def main():
             mine = range(accelerator.process_index, len(logits[split]), accelerator.num_processes)
             logits[split][mine] = guard.score([texts[split][row] for row in mine], args.eval_batch_size)
             logits[split] = add_up(accelerator, logits[split])
-        row = {"epoch": epoch} | epoch_metrics(logits, targets, categories)
+        calibration = calibrate(logits["validation"], targets["validation"], pos_weight.cpu(), guard.unsafe_head)
+        row = {"epoch": epoch} | epoch_metrics(logits, targets, answered, categories, calibration, args.max_fpr)
         state["metrics"].append(row)
         accelerator.log(row, step=update)
         if is_best := row["validation/auprc"] > state["best_auprc"]:
-            state["best_auprc"], config["threshold"] = row["validation/auprc"], row["threshold"]
+            state["best_auprc"] = row["validation/auprc"]
+            config |= {name: row[name] for name in ("threshold", "prompt_threshold")} | {"calibration": calibration}
         if accelerator.is_main_process:
             state |= {"epoch": epoch, "optimizer": optimizer.optimizer.state_dict()}
             save_epoch(output, guard, state, config, is_best)
@@ -187,16 +208,55 @@ def add_up(accelerator, tensor):
     return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
 
 
-def epoch_metrics(logits, targets, categories):
-    """A row of metrics.csv: "split/metric" at the best threshold on validation, "split/category/metric" at 0.5."""
-    scores = {split: probabilities(values).numpy() for split, values in logits.items()}
-    threshold = best_threshold(targets["validation"][:, 0].numpy(), scores["validation"][:, 0])
-    row = {"threshold": threshold}
+def calibrate(logits, targets, pos_weight, unsafe_head):
+    """What makes probabilities of logits (N, 1 + K), for model.probabilities; targets: (N, 1 + K), NaN where unknown.
+
+    The loss counts a positive pos_weight times, which adds its log to the logit that is best; this is undone. What is
+    left is over-confidence: a temperature for unsafe, and one for all categories, fits it on these rows.
+    """
+    shift = pos_weight.clamp(min=1e-3).log()
+    if not unsafe_head:  # the largest of several logits is shifted by no weight that is known
+        shift[0] = 0
+    temperature = [1.0] * len(shift)
+    for columns in (slice(0, 1), slice(1, None)):
+        known = ~targets[:, columns].isnan()
+        if known.any():
+            some = targets[:, columns][known], (logits - shift)[:, columns][known]
+            temperature[columns] = [fit_temperature(*(values.numpy() for values in some))] * known.shape[1]
+    return {"shift": shift.tolist(), "temperature": temperature}
+
+
+def choose_thresholds(labels, scores, answered, max_fpr):
+    """Thresholds from validation rows: for answers the best F1, for prompts the highest recall that refuses few safe
+    ones, or for both the highest recall at `max_fpr`. No prompt is refused where none was there to learn it from.
+
+    labels, scores, answered: (N,).
+    """
+
+    def chosen(rows, limit):
+        if limit is None:
+            return best_threshold(labels[rows], scores[rows])
+        return threshold_at_fpr(labels[rows], scores[rows], limit)[0]
+
+    both = [len(np.unique(labels[rows])) == 2 for rows in (~answered, answered)]
+    prompt = chosen(~answered, PROMPT_FPR if max_fpr is None else max_fpr) if both[0] else NEVER
+    return Thresholds(prompt, chosen(answered if both[1] else answered | True, max_fpr))
+
+
+def epoch_metrics(logits, targets, answered, categories, calibration, max_fpr):
+    """A row of metrics.csv: "split/metric" at the thresholds chosen on validation, "split/category/metric" where the
+    category's logit turns positive, which in the loss weighs what is missed as much as what is flagged in vain."""
+    scores = {split: probabilities(values, calibration)[:, 0].numpy() for split, values in logits.items()}
+    labels = {split: values.numpy() for split, values in targets.items()}
+    thresholds = choose_thresholds(labels["validation"][:, 0], scores["validation"], answered["validation"], max_fpr)
+    row = {"threshold": thresholds.response, "prompt_threshold": thresholds.prompt}
     for split in SPLITS:
-        for k, name in enumerate([split, *(f"{split}/{category}" for category in categories)]):
-            known = ~targets[split][:, k].isnan().numpy()
-            values = metrics(targets[split][:, k].numpy()[known], scores[split][known, k], 0.5 if k else threshold)
-            row |= {f"{name}/{metric}": value for metric, value in values.items()}
+        flagged_from = np.where(answered[split], thresholds.response, thresholds.prompt)
+        found = {split: metrics(labels[split][:, 0], scores[split], flagged_from)}
+        for k, category in enumerate(categories, 1):
+            known = ~np.isnan(labels[split][:, k])
+            found[f"{split}/{category}"] = metrics(labels[split][known, k], logits[split][:, k].numpy()[known], 0.0)
+        row |= {f"{name}/{metric}": value for name, values in found.items() for metric, value in values.items()}
     return row
 
 
@@ -218,7 +278,8 @@ def open_output(output, config, resume):
     try:
         saved = json.loads((output / "config.json").read_text())
         state = torch.load(output / "checkpoints/state.pt", map_location="cpu", weights_only=True)
-        saved_arguments, config["threshold"] = dict(saved["arguments"]), float(saved["threshold"])
+        saved_arguments = dict(saved["arguments"])
+        config |= {name: saved[name] for name in ("threshold", "prompt_threshold", "calibration")}
     except Exception as error:  # missing and damaged files raise classes of three libraries
         raise UserError(f"{output} holds no whole epoch to go on from: {first_line(error)}") from error
     if differing := [name for name, value in config["arguments"].items() if saved_arguments.get(name) != value]:

@@ -1,0 +1,111 @@
+"""What each choice is worth: guards that differ from the default in one thing, trained and measured on the same rows.
+
+    python ablation.py BEAVERTAILS.jsonl SAFE_RLHF.jsonl OUTPUT_DIR
+
+Of the first file's prompts five tenths are for training and four for measuring, so that the figures say more than those
+of the usual tenth; the last is left out, for train.py would make it a test split. A killed run goes on when run again.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from data import read_rows, tenth_of
+from lora import UserError, run
+from model import EMBEDDED, load_chat_model
+
+# The paper's form: no control tokens, each turn is plain text behind the name of who speaks.
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+LONG = "\n\nIs anything in the conversation above harmful, hateful, illegal or unsafe? Answer yes or no:"
+VARIANTS = {  # name: (seeds, what train.py is given beside the common arguments)
+    "default": (3, []),
+    "LoRA: none, the head alone, 10 epochs": (1, ["--lora-targets=none", "--epochs=10"]),
+    "LoRA: q, v": (1, ["--lora-targets=q_proj,v_proj"]),
+    "LoRA: q, k, v, o": (1, ["--lora-targets=q_proj,k_proj,v_proj,o_proj"]),
+    "LoRA: r 4": (1, ["--lora-r=4", "--lora-alpha=8"]),
+    "LoRA: r 8": (1, ["--lora-r=8", "--lora-alpha=16"]),
+    "guard prompt: short": (1, ["--guard-prompt=\n\nHarmful?"]),
+    "guard prompt: long": (1, [f"--guard-prompt={LONG}"]),
+    "guard prompt: off the subject": (1, ["--guard-prompt=\n\nThe weather was fine for the rest of that day"]),
+    "template: plain": (1, []),
+    "rows: SafeRLHF too": (1, []),
+    "guard path: full": (3, ["--guard-path=full"]),
+}
+
+
+def train(output, variant, seed, options, rows):
+    """Train one guard, unless that is done; {"auprc", "f1", "category AP"} on validation in the best epoch."""
+    folder = output / f"{variant} {seed}".translate(str.maketrans(" ,:", "___"))
+    if not (folder / "done").exists():
+        model = str(output / "plain-template") if variant == "template: plain" else EMBEDDED
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), model, str(folder), "--dataset", *rows]
+        command += ["--epochs=2", f"--seed={seed}", *options]
+        if "--guard-path=full" not in options:
+            command += ["--cache-dir", str(output / "caches")]
+        if (folder / "checkpoints/state.pt").exists():
+            command.append("--resume")
+        elif folder.exists():
+            folder.rename(f"{folder} killed {len(list(output.iterdir()))}")
+        if subprocess.run(command).returncode:
+            raise UserError(f"the training of {folder} failed")
+        (folder / "done").touch()
+    with open(folder / "metrics.csv", newline="") as file:
+        best = max(csv.DictReader(file), key=lambda row: float(row["validation/auprc"]))
+    categories = json.loads((folder / "config.json").read_text())["categories"]
+    ap = statistics.mean(float(best[f"validation/{category}/auprc"]) for category in categories)
+    return {"AUPRC": float(best["validation/auprc"]), "F1": float(best["validation/f1"]), "category AP": ap}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("beavertails", help="rows with prompt, response, category and is_safe")
+    parser.add_argument("safe_rlhf", help="more rows, of which the prompts that are measured on are left out")
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--plot", metavar="FILE.png")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    [(_, _, rows)] = read_rows([args.beavertails])
+    files = []
+    for name, tenths in (("train", range(1, 6)), ("validation", range(6, 10))):
+        files.append(str(args.output_dir / f"{name}.jsonl"))
+        some = (json.dumps(row) + "\n" for row in rows if tenth_of(row) in tenths)
+        Path(files[-1]).write_text("".join(some))
+    if not (args.output_dir / "plain-template").exists():
+        model, tokenizer = load_chat_model(EMBEDDED)
+        tokenizer.chat_template = PLAIN
+        model.save_pretrained(args.output_dir / "plain-template")
+        tokenizer.save_pretrained(args.output_dir / "plain-template")
+    found = {}
+    print("| variant | seeds | AUPRC | F1 | mean category AP |\n|---|---|---|---|---|")
+    for name, (seeds, options) in VARIANTS.items():
+        given = [*files, args.safe_rlhf] if name == "rows: SafeRLHF too" else files
+        runs = [train(args.output_dir, name, seed, options, given) for seed in range(seeds)]
+        found[name] = [one["AUPRC"] for one in runs]
+        columns = [" / ".join(f"{one[measure]:.3f}" for one in runs) for measure in runs[0]]
+        print(f"| {name} | {seeds} | {' | '.join(columns)} |", flush=True)
+    if args.plot:
+        plot(args.plot, found)
+
+
+def plot(path, found):
+    """Draw the AUPRC of every guard, a line of dots for each variant."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for line, (name, values) in enumerate(reversed(found.items())):
+        axes.scatter(values, [line] * len(values), color="tab:orange" if name == "default" else "tab:blue")
+    axes.axvspan(min(found["default"]), max(found["default"]), color="tab:orange", alpha=0.15)
+    axes.set_yticks(range(len(found)), list(reversed(found)))
+    axes.set(xlabel="AUPRC on validation rows")
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    run(main)
