@@ -2,12 +2,15 @@
 
 import json
 import math
+import re
 from itertools import chain
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
 
+import data
 from conftest import CHATML
 from data import encode, epoch_batches, evaluation_rows, labels, load_splits
 from lora import UserError
@@ -77,6 +80,23 @@ def test_the_hubs_beavertails_is_its_30k_version(monkeypatch):
     splits, names = load_splits(["PKU-Alignment/BeaverTails"])
     assert len(splits["train"]) + len(splits["validation"]) == 100 and len(splits["test"]) == 20 and names == NAMES
     assert splits["test"] == make_rows(20, 400)
+
+
+def test_no_row_that_over_blocking_is_measured_on_is_much_like_one_to_train_on():
+    """Kills: a row of overblocking.jsonl that is, but for a word, in one of the files that the shipped guard learnt."""
+    here = Path(data.__file__).parent
+    held_out, *learnt = (
+        [row for _, row in data.read_jsonl(here / name)]
+        for name in ("overblocking.jsonl", "sample.jsonl", "prompts.jsonl")
+    )
+    assert sum(row["kind"] == "hard_negative" for row in held_out) >= 60 and all(row["is_safe"] for row in held_out)
+
+    def words(row):
+        return set(re.findall("[a-z]+", row["prompt"].lower()))
+
+    learnt = [words(row) for rows in learnt for row in rows]
+    for row in held_out:
+        assert max(len(words(row) & other) / len(words(row) | other) for other in learnt) < 0.5, row["prompt"]
 
 
 def test_of_a_hub_id_its_test_split_alone_is_evaluated_and_of_files_all_rows(tmp_path, monkeypatch):

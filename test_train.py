@@ -92,12 +92,12 @@ def test_a_run_learns_and_leaves_the_files_of_the_contract(path, model_folder, r
 def test_half_of_the_answers_are_cut_somewhere_anew_in_every_epoch(path, model_folder, rows, tmp_path, monkeypatch):
     """`full`, which judges no answer before its end, learns from whole ones.
 
-    Kills: answers always whole, cuts in the prompt, the same cuts in every epoch, cuts in what is scored."""
+    Kills: answers always whole, cuts in the prompt, none before the answer, the same cuts in every epoch, cuts in what
+    is scored."""
     seen, forward = {True: [], False: []}, GuardedChat.forward
 
     def spy(guard, conversations, ends=None):
-        cut = zip(conversations, ends or map(len, conversations), strict=True)
-        seen[guard.training].extend(ids[:end] for ids, end in cut)
+        seen[guard.training].extend(zip(conversations, ends or map(len, conversations), strict=True))
         return forward(guard, conversations, ends)
 
     monkeypatch.setattr(GuardedChat, "forward", spy)
@@ -105,19 +105,17 @@ def test_half_of_the_answers_are_cut_somewhere_anew_in_every_epoch(path, model_f
     tokenizer, splits = make_tokenizer(), load_splits([rows])[0]
     texts = {split: [encode(tokenizer, row["prompt"], row["response"]) for row in splits[split]] for split in splits}
     starts = [len(encode(tokenizer, row["prompt"])) for row in splits["train"]]
-    cuts = []
-    for conversation in seen[True]:
-        [row] = [row for row, text in enumerate(texts["train"]) if text[: len(conversation)] == conversation]
-        assert starts[row] < len(conversation)
-        cuts.append((row, len(conversation)))
+    cuts = [(texts["train"].index(conversation), length) for conversation, length in seen[True]]
+    assert all(length >= starts[row] for row, length in cuts)
     whole = sum(length == len(texts["train"][row]) for row, length in cuts)
     if path == "full":
         assert whole == len(cuts)
         return
     assert 0.4 < whole / len(cuts) < 0.75  # a cut can also fall on the last token
+    assert 0.02 < sum(length == starts[row] for row, length in cuts) / len(cuts) < 0.2
     half = len(cuts) // 2
     assert len(set(cuts[:half]) & set(cuts[half:])) < 0.6 * half
-    assert all(conversation in texts["validation"] + texts["test"] for conversation in seen[False])
+    assert all(ids in texts["validation"] + texts["test"] and length == len(ids) for ids, length in seen[False])
 
 
 COMMON = ["--epochs=2", "--learning-rate=0.005", "--lora-r=4"]

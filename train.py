@@ -144,9 +144,10 @@ def main():
         # An epoch's order and dropout follow from the seed and its number alone, so that it can be run again.
         set_seed(args.seed + epoch, device_specific=True)
         generator = torch.Generator().manual_seed(args.seed + epoch)
-        # Half of the answers are cut at a random token: a running verdict is about an answer that is not finished.
-        ends = starts + ((lengths - starts) * (2 * torch.rand(len(lengths), generator=generator)).clamp(max=1)).ceil()
-        ends = ends.long().tolist()
+        # About half of the answers are cut at a random token, and every eleventh before its first: a running verdict
+        # is about an answer that is not finished, and the first one about a prompt alone.
+        shares = (2.2 * torch.rand(len(lengths), generator=generator) - 0.2).clamp(0, 1)  # that is left of each answer
+        ends = (starts + ((lengths - starts) * shares).ceil()).long().tolist()
         batches = epoch_batches(ends, args.per_device_batch_size, batches_per_update, generator)
         batches = batches[accelerator.process_index :: accelerator.num_processes]
         bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=not accelerator.is_main_process)
