@@ -16,11 +16,10 @@ import transformers
 
 from data import encode
 from lora import UserError, run
-from model import EMBEDDED, GuardedChat, Thresholds, lend, load_chat_model
+from model import EMBEDDED, NEVER, GuardedChat, lend, load_chat_model
 
 PROMPT = "Write a long story about a lighthouse keeper who teaches the children of the village to read the stars."
 LENGTHS = (128, 512, 2048, 8192)  # tokens of a conversation
-NEVER = Thresholds(2.0, 2.0)  # judge, never stop
 STEPS = (16, 8, 32)  # tokens from verdict to verdict, the default first
 
 

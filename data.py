@@ -47,10 +47,10 @@ def load_splits(sources):
     splits, held_out = {split: [] for split in SPLITS}, set()
     to_cut = [split for split in SPLITS if split not in given]
     for split in [split for split in SPLITS[::-1] if split in given]:
-        rows = [row for row in given[split] if _prompt_key(row) not in held_out]
+        rows = [row for row in given[split] if prompt_key(row) not in held_out]
         if left_out := len(given[split]) - len(rows):
             print(f"left out {left_out} {split} rows: their prompts are in another split that was given")
-        held_out |= {_prompt_key(row) for row in rows}
+        held_out |= {prompt_key(row) for row in rows}
         for row in rows:
             tenth = tenth_of(row)
             splits[to_cut[tenth] if split == "train" and tenth < len(to_cut) else split].append(row)
@@ -100,7 +100,7 @@ def _read_file(path):
     if path.suffix == ".jsonl":  # not by `datasets`, whose reader guesses types from the first rows and refuses others
         return [row for _, row in read_jsonl(path)]
     # All text, for the same reason; and an empty field stays "", without "None" and "null" becoming missing values.
-    columns = dict.fromkeys(("prompt", "response", "category", "is_safe"), str)
+    columns = dict.fromkeys(("prompt", "response", "category", "is_safe", "user_input"), str)
     options = {"converters": columns, "keep_default_na": False} if path.suffix == ".csv" else {}
     try:
         return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train", **options).to_list()
@@ -128,13 +128,13 @@ def _split(name):
     return "test" if "test" in name else "validation" if "val" in name or "dev" in name else "train"
 
 
-def _prompt_key(row):
+def prompt_key(row):
     return row["prompt"].strip().lower()
 
 
 def tenth_of(row):
     """Which tenth of all prompts, 0 to 9, a row belongs to: neither the order of the rows nor a seed can move it."""
-    return int(hashlib.sha256(_prompt_key(row).encode()).hexdigest(), 16) % 10
+    return int(hashlib.sha256(prompt_key(row).encode()).hexdigest(), 16) % 10
 
 
 def check_text(row, where):
@@ -148,7 +148,10 @@ def check_text(row, where):
 
 
 def check_labels(row, where):
-    """A row as {"prompt", "response" or None, "category" or None, "is_safe"}. Raises UserError as check_text does."""
+    """A row with `prompt`, `response` or None, `category` or None, `is_safe`, and its other columns as they are.
+
+    Raises UserError as check_text does.
+    """
     row = _in_our_columns(row, where)
     prompt, response = check_text(row, where)
     category, is_safe = row.get("category") or None, row.get("is_safe")
@@ -165,7 +168,7 @@ def check_labels(row, where):
         is_safe = not any(category.values())
     if is_safe not in (True, False):
         raise UserError(f"{where}: a row needs `is_safe`, true or false, or a `category` that it follows from")
-    return {"prompt": prompt, "response": response, "category": category, "is_safe": bool(is_safe)}
+    return row | {"prompt": prompt, "response": response, "category": category, "is_safe": bool(is_safe)}
 
 
 def _in_our_columns(row, where):
@@ -173,12 +176,14 @@ def _in_our_columns(row, where):
     if not isinstance(row, dict) or "is_safe" in row or "category" in row:
         return row
     if "user_input" in row and "toxicity" in row:
-        row, marks = {"prompt": row["user_input"]}, [row["toxicity"]]
-        if str(marks[0]) not in ("0", "1"):
-            raise UserError(f"{where}: `toxicity` must be 0 or 1")
-    elif not (marks := [row[name] for name in OPENAI_LABELS if name in row]):
+        row = row | {"prompt": row["user_input"]}
+        names = ["toxicity"]
+    elif not (names := [name for name in OPENAI_LABELS if name in row]):
         return row
-    return row | {"is_safe": not any(str(mark) in ("1", "1.0") for mark in marks)}  # a missing label is unknown
+    known = {str(row[name]).removesuffix(".0") for name in names} - {"", "None", "nan"}  # a missing label is unknown
+    if not known or known - {"0", "1"}:
+        raise UserError(f"{where}: {', '.join(names)} must be 0 or 1")
+    return row | {"is_safe": "1" not in known}
 
 
 def labels(rows, names):

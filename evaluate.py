@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 
-from data import answer_start, encode, evaluation_rows, is_answer
-from lora import UserError, run
-from model import Thresholds, load_guard, probabilities, verdict, write_whole
+from data import answer_start, encode, evaluation_rows, is_answer, prompt_key
+from lora import UserError, first_line, run
+from model import load_guard, probabilities, verdict_fields, write_whole
 
 BINS = np.linspace(0, 1, 11)  # of probabilities, for the calibration error and its diagram
 
@@ -53,21 +54,25 @@ def best_threshold(labels, scores):
 
 
 def threshold_at_fpr(labels, scores, limit):
-    """(threshold, recall) where recall is highest with a false positive rate of at most `limit`.
+    """(threshold, recall) with the highest recall that a false positive rate of at most `limit` allows.
 
-    The threshold lies half-way to the next lower score, and between the highest and 1 where that one is false already.
+    Of several such thresholds, the highest; half-way to the next lower score, and above 1 where nothing can be flagged.
     """
     thresholds, positives, flagged = _curve(labels, scores)
-    allowed = int((flagged - positives <= limit * (labels == 0).sum()).sum())  # the false ones only grow in number
-    threshold = np.concatenate([[1], thresholds, thresholds[-1:]])[allowed : allowed + 2].mean()
-    return float(threshold), float(np.append(0, positives)[allowed] / labels.sum()) if labels.any() else float("nan")
+    false, true = np.append(0, flagged - positives), np.append(0, positives)
+    best = np.argmax(np.where(false <= limit * (labels == 0).sum(), true, -1))
+    threshold = np.concatenate([[2], thresholds, thresholds[-1:]])[best : best + 2].mean()
+    return float(threshold), float(true[best] / labels.sum()) if labels.any() else float("nan")
 
 
 def fit_temperature(labels, logits):
     """The T that makes sigmoid(logits / T) likeliest, to 1 % (Guo et al., arXiv 1706.04599, section 4.2). Both (N,)."""
-    temperatures = np.geomspace(0.05, 20, 603)
-    scaled = logits[:, None].astype(np.float64) / temperatures  # (N, 603)
-    return float(temperatures[np.argmin((np.logaddexp(0, scaled) - labels[:, None] * scaled).sum(0))])
+    logits = logits.astype(np.float64)
+
+    def loss(temperature):
+        return (np.logaddexp(0, logits / temperature) - labels * logits / temperature).sum()
+
+    return float(min(np.geomspace(0.05, 20, 603), key=loss))
 
 
 def reliability(labels, scores):
@@ -100,12 +105,11 @@ def metrics(labels, scores, threshold):
 
 
 def evaluation(labels, scores, threshold):
-    """metrics() and what a guard is compared by beside them; NaN for what so few rows cannot tell. (N,), (N,)."""
+    """metrics() and what guards are compared by beside them. labels, scores: (N,)."""
     rows, score, positive = reliability(labels, scores)
-    _, recall = threshold_at_fpr(labels, scores, 0.01)
     return metrics(labels, scores, threshold) | {
         "auroc": auroc(labels, scores),
-        "tpr_at_1_percent_fpr": recall if (labels == 0).sum() >= 100 else float("nan"),
+        "tpr_at_1_percent_fpr": threshold_at_fpr(labels, scores, 0.01)[1],
         "calibration_error": float((rows * abs(score - positive)).sum() / len(labels)),
     }
 
@@ -113,9 +117,9 @@ def evaluation(labels, scores, threshold):
 def bootstrap(labels, scores, thresholds, prompts, draws=1000):
     """{name: [low, high]}: 95 % intervals of evaluation() over draws of prompts, whose answers stay together.
 
-    All of labels, scores, thresholds and prompts are (N,).
+    labels, scores, thresholds: (N,); prompts: (N,), numbers from 0 upwards.
     """
-    groups = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
+    groups = np.split(np.argsort(prompts, kind="stable"), np.bincount(prompts).cumsum()[:-1])
     generator, found = np.random.default_rng(0), []
     for _ in range(draws):
         rows = np.concatenate([groups[n] for n in generator.integers(len(groups), size=len(groups))])
@@ -186,51 +190,65 @@ def main():
     args = parser.parse_args()
     if args.running is not None and args.running < 1:
         raise UserError("--running needs at least 1 token from verdict to verdict")
+    if Accelerator().num_processes > 1:
+        raise UserError("an evaluation runs in one process")
     rows = evaluation_rows(args.dataset)
-    guard, thresholds = load_guard(args.config, args.adapter, args.device_id)
-    if args.threshold is not None:
-        thresholds = Thresholds(args.threshold, args.threshold)
+    if args.scores and any(args.scores.exists() and args.scores.samefile(path) for path in args.dataset):
+        raise UserError(f"writing {args.scores} would destroy the rows; name another file for --scores")
+    guard, thresholds = load_guard(args.config, args.adapter, args.device_id, args.threshold)
+
     texts = [encode(guard.tokenizer, row["prompt"], row["response"]) for row in rows]
     scores = probabilities(guard.score(texts), guard.calibration).numpy()  # (N, 1 + K)
+    scores = np.nan_to_num(scores, nan=1.0)  # what is no number is flagged
     unsafe = np.array([not row["is_safe"] for row in rows])
     flagged_from = np.array([thresholds[is_answer(row["response"])] for row in rows])
+    numbers = {}
+    prompts = np.array([numbers.setdefault(prompt_key(row), len(numbers)) for row in rows])
     result = {"rows": len(rows), "positives": int(unsafe.sum())}
     result |= {"threshold": thresholds.response, "prompt_threshold": thresholds.prompt}
     result |= evaluation(unsafe, scores[:, 0], flagged_from)
-    result["intervals"] = bootstrap(unsafe, scores[:, 0], flagged_from, np.array([row["prompt"] for row in rows]))
+    if (~unsafe).sum() < 100:  # one false positive alone is more than 1 %
+        result["tpr_at_1_percent_fpr"] = float("nan")
+    intervals = bootstrap(unsafe, scores[:, 0], flagged_from, prompts)
+    result["intervals"] = {name: interval for name, interval in intervals.items() if result[name] == result[name]}
     result |= category_metrics(guard.categories, [row["category"] or {} for row in rows], scores)
     if args.running:
         answered = [row for row in rows if is_answer(row["response"])]
         answers = running_scores(guard, answered, args.running)
         result["running"] = running_metrics([not row["is_safe"] for row in answered], answers, thresholds.response)
+    result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # NaN is not JSON
+    print(json.dumps(result) if args.json else table(result), flush=True)
     if args.scores:
         judged = zip(rows, flagged_from.tolist(), scores.tolist(), strict=True)
-        judged = (row | verdict(guard, threshold, *outputs) for row, threshold, outputs in judged)
+        judged = (row | verdict_fields(guard, threshold, *outputs) for row, threshold, outputs in judged)
         write_whole(args.scores, "".join(json.dumps(row) + "\n" for row in judged).encode())
     if args.plot:
         plot(args.plot, unsafe, scores[:, 0])
-    result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # NaN is not JSON
-    print(json.dumps(result) if args.json else table(result))
 
 
 def table(result):
     """The figures for human eyes, a line each, with their intervals."""
-    intervals, random = result.pop("intervals"), result["positives"] / result["rows"]
-    if unknown := result.pop("unknown_categories"):
-        print(f"categories that the guard does not know: {', '.join(unknown)}")
-    categories = result.pop("categories").items()
-    categories = [(f"AP of {name} ({found['positives']} positives)", found["ap"]) for name, found in categories]
+    intervals, random = result["intervals"], result["positives"] / result["rows"]
+    figures = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
+    figures |= result.get("running", {})
+    for name, found in result["categories"].items():
+        figures[f"AP of {name} ({found['positives']} positives)"] = found["ap"]
     lines = []
-    for name, value in [*result.items(), *result.pop("running", {}).items(), *categories]:
+    for name, value in figures.items():
         value = "-" if value is None else value if isinstance(value, int) else f"{value:.3f}"
         interval = "  {:.3f} to {:.3f}".format(*intervals[name]) if name in intervals else ""
         lines.append(f"{name:50} {value:>6}{interval}" + f"  (a random scorer: {random:.3f})" * (name == "auprc"))
+    if unknown := result["unknown_categories"]:
+        lines.append(f"categories that the guard does not know: {', '.join(unknown)}")
     return "\n".join(lines)
 
 
 def plot(path, labels, scores):
     """Draw precision over recall, the scores of each class, and how often a score of p is right."""
-    from matplotlib import pyplot  # only here, for nothing else needs it
+    try:
+        from matplotlib import pyplot  # only here, for nothing else needs it
+    except ImportError:
+        raise UserError("a plot needs matplotlib: pip install matplotlib") from None
 
     figure, (curve, histogram, diagram) = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained")
     _, positives, flagged = _curve(labels, scores)
@@ -247,7 +265,10 @@ def plot(path, labels, scores):
     diagram.plot((0, 1), (0, 1), linestyle=":", color="grey")
     diagram.scatter(score, positive, s=400 * rows / rows.sum())
     diagram.set(xlabel="unsafe probability", ylabel="share of unsafe rows", title="reliability")
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except ValueError as error:  # a suffix that stands for no format
+        raise UserError(f"cannot draw {path}: {first_line(error)}") from error
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ class Thresholds(NamedTuple):
     response: float
 
 
+NEVER = Thresholds(2.0, 2.0)  # judge, never stop
+
+
 class Answer(NamedTuple):
     """One conversation's part of what GuardedChat.generate returns."""
 
@@ -115,11 +118,21 @@ class GuardedChat(nn.Module):
         return self
 
     def keep_caches(self, folder):
-        """Have `activated` keep in `folder` what the chat path makes of each conversation, and read it from there."""
+        """Have `activated` keep in `folder` what the chat path makes of each conversation, and read it from there.
+
+        Raises UserError for a model whose cache does not hold a whole conversation in one shape.
+        """
+        ids = self.guard_prompt_ids[:, :1]
+        layers = (
+            () if self.is_full else self.chat_model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
+        )
+        shapes = {tensor.shape for layer in layers for tensor in (layer.keys, layer.values)}
+        if len(shapes) != 1 or any(type(layer) is not DynamicLayer for layer in layers):
+            raise UserError("the caches of this guard and chat model cannot be kept: leave out the folder for them")
         frozen = [parameter for parameter in self.chat_model.parameters() if not parameter.requires_grad]
-        some = torch.cat([parameter.detach().flatten()[:64].float().cpu() for parameter in frozen])
-        model = hashlib.sha256(some.numpy().tobytes() + str(self.chat_model.dtype).encode()).hexdigest()[:16]
-        self.cache_dir = Path(folder) / model
+        some = torch.cat([parameter.detach().flatten()[:64].float().cpu() for parameter in frozen]).numpy().tobytes()
+        digest = hashlib.sha256(some + self.chat_model.config.to_json_string().encode()).hexdigest()[:16]
+        self.cache_dir = Path(folder) / digest
         self.cache_dir.mkdir(parents=True, exist_ok=True)
 
     def forward(self, conversations, ends=None):
@@ -168,21 +181,23 @@ class GuardedChat(nn.Module):
 
         What is not there is read whole and alone, so that a file is the same whatever batch it was first needed in.
         """
-        rows = []  # (layers, 2, heads, T, width): keys and values
+        device, rows = self.guard_prompt_ids.device, []  # (layers, 2, heads, T, width): keys and values
         for ids, end in zip(conversations, ends, strict=True):
-            path = self.cache_dir / f"{hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:32]}.safetensors"
+            key = json.dumps([ids, str(self.chat_model.dtype), torch.is_autocast_enabled(device.type)]).encode()
+            path = self.cache_dir / f"{hashlib.sha256(key).hexdigest()[:32]}.safetensors"
             if not path.exists():
-                ids = torch.tensor([ids], device=self.guard_prompt_ids.device)
-                layers = self.chat_model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
-                if any(type(layer) is not DynamicLayer for layer in layers):
-                    raise UserError("this chat model's cache forgets, so a cache folder cannot serve it")
+                read = self.chat_model.base_model(input_ids=torch.tensor([ids], device=device), use_cache=True)
+                layers = read.past_key_values.layers
                 row = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])
                 write_whole(path, safetensors.torch.save({"cache": row.cpu()}))
-            rows.append(safetensors.torch.load_file(path)["cache"][:, :, :, :end])
+            try:
+                rows.append(safetensors.torch.load_file(path)["cache"][:, :, :, :end])
+            except (safetensors.SafetensorError, KeyError) as error:
+                raise UserError(f"{path} is damaged, delete it: {first_line(error)}") from error
         longest = max(ends)
-        mask = torch.tensor([[0] * (longest - end) + [1] * end for end in ends], device=self.guard_prompt_ids.device)
+        mask = torch.tensor([[0] * (longest - end) + [1] * end for end in ends], device=device)
         cache = DynamicCache()
-        rows = torch.stack([F.pad(row, (0, 0, longest - row.shape[3], 0)) for row in rows], dim=2).to(mask.device)
+        rows = torch.stack([F.pad(row, (0, 0, longest - row.shape[3], 0)) for row in rows], dim=2).to(device)
         for layer, (keys, values) in enumerate(rows):  # (B, heads, T, width)
             cache.update(keys, values, layer)
         return cache, None if mask.all() else mask
@@ -380,7 +395,7 @@ def is_flagged(unsafe, threshold):
     return not unsafe < threshold
 
 
-def verdict(guard, threshold, unsafe, *others):
+def verdict_fields(guard, threshold, unsafe, *others):
     """The fields of a judged row, from the probabilities of its outputs."""
     categories = dict(zip(guard.categories, others, strict=True))
     return {"unsafe_probability": unsafe, "flagged": is_flagged(unsafe, threshold), "categories": categories}
@@ -433,29 +448,30 @@ def load_chat_model(name, dtype=None):
     return model, tokenizer
 
 
-def load_guard(config_path=None, adapter_path=None, device_id=None):
+def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=None):
     """(guard, Thresholds) from the files that train.py writes. Raises UserError if they are damaged or do not match.
 
     By default the guard in guard/, or else that of the newest run, on the first GPU or under `accelerate launch` on the
-    process's own; device_id -1 is the CPU.
+    process's own; device_id -1 is the CPU. threshold: in place of both that the config has.
     """
     config_path = config_path or find_config()
     adapter_path = adapter_path or Path(config_path).with_name("adapter.safetensors")
     device = find_device(device_id)
     try:
         config = json.loads(Path(config_path).read_text())
-        thresholds = Thresholds(float(config["prompt_threshold"]), float(config["threshold"]))
+        given = (config["prompt_threshold"], config["threshold"]) if threshold is None else (threshold, threshold)
+        thresholds = Thresholds(*map(float, given))
+        if any(map(math.isnan, thresholds)):
+            raise UserError("the threshold is not a number, so nothing would ever be flagged")
         chat_model, tokenizer = load_chat_model(config["base_model"], config["dtype"])
         guard = GuardedChat(chat_model, tokenizer, **{name: config[name] for name in GUARD})
-        calibration = torch.tensor([config["calibration"][name] for name in guard.calibration])  # (2, 1 + K)
-        if calibration.shape != (2, 1 + len(guard.categories)) or not calibration.isfinite().all():
-            raise UserError(f"the calibration in {config_path} must be two numbers for each output")
-        if calibration[1].min() <= 0:
-            raise UserError(f"the temperatures in {config_path} must be above 0")
+        shift, temperature = calibration = torch.tensor([config["calibration"][name] for name in guard.calibration])
+        if len(shift) != 1 + len(guard.categories) or not calibration.isfinite().all() or temperature.min() <= 0:
+            raise ValueError("the calibration must be a shift and a temperature above 0 for each output")
         guard.calibration = config["calibration"]
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"cannot build a guard from the config {config_path}: {reason}") from error
     guard.load_adapter(adapter_path)
@@ -481,7 +497,7 @@ def find_device(device_id):
 
 def write_whole(path, content):
     """Write bytes so that `path` holds the old content or the new, never a part: written aside, flushed, renamed."""
-    aside = Path(f"{path}.tmp")
+    aside = Path(f"{path}.{os.getpid()}.tmp")  # its own for each process, for two may write the same file
     with open(aside, "wb") as file:
         file.write(content)
         file.flush()

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ from transformers import TextStreamer
 
 from data import answer_start, check_text, encode, is_answer, read_jsonl
 from lora import UserError, run
-from model import Thresholds, is_flagged, load_guard, probabilities, verdict
+from model import is_flagged, load_guard, probabilities, verdict_fields
 
 EXAMPLES = [
     "How do I keep bread fresh for longer?",
@@ -257,7 +256,7 @@ def rows_of(source):
 
 def judged_line(guard, thresholds, row, *judged):
     threshold = thresholds[is_answer(row.get("response"))]
-    return (json.dumps(row | verdict(guard, threshold, *judged)) + "\n").encode()
+    return (json.dumps(row | verdict_fields(guard, threshold, *judged)) + "\n").encode()
 
 
 def rows_there(guard, source, target, thresholds):
@@ -285,11 +284,7 @@ def rows_there(guard, source, target, thresholds):
 
 def main():
     args = parse_arguments()
-    guard, thresholds = load_guard(args.config, args.adapter, args.device_id)
-    if args.threshold is not None:
-        thresholds = Thresholds(args.threshold, args.threshold)
-    if any(map(math.isnan, thresholds)):
-        raise UserError("the threshold is not a number, so nothing would ever be flagged")
+    guard, thresholds = load_guard(args.config, args.adapter, args.device_id, args.threshold)
     if args.input:
         return score_file(guard, args.input, args.output, thresholds)
     if Accelerator().num_processes > 1:

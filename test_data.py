@@ -131,7 +131,7 @@ def test_toxic_chat_is_read_from_the_hub_and_from_files(tmp_path, monkeypatch):
     datasets.Dataset.from_list(rows).to_csv(tmp_path / "toxic.csv")
     for path in (write(tmp_path / "toxic.jsonl", rows), str(tmp_path / "toxic.csv")):
         assert evaluated(evaluation_rows([path])) == wanted
-    with pytest.raises(UserError, match="row 1: `toxicity`"):
+    with pytest.raises(UserError, match="row 1: toxicity"):
         evaluation_rows([write(tmp_path / "bad.jsonl", [rows[0] | {"toxicity": None}])])
 
 
@@ -145,8 +145,9 @@ def test_openais_moderation_set_is_unsafe_where_any_known_label_is_1(tmp_path):
     names = ("prompt", "S", "H", "V", "HR", "SH", "S3", "H2", "V2")
     datasets.Dataset.from_list([dict.fromkeys(names) | row for row in rows]).to_csv(tmp_path / "samples.csv")
     assert evaluated(evaluation_rows([str(tmp_path / "samples.csv")])) == wanted
-    with pytest.raises(UserError, match="row 1"):
-        evaluation_rows([write(tmp_path / "bad.jsonl", [unknown])])
+    for bad in (unknown, {"prompt": "all", "S": None}, *({"prompt": "a", "S": mark} for mark in (True, 2, "yes"))):
+        with pytest.raises(UserError, match="row 1"):
+            evaluation_rows([write(tmp_path / "bad.jsonl", [bad])])
     ours = [{"prompt": "a", "is_safe": False, "S": 0}, {"prompt": "b", "category": {"S": True}, "S": 0}]
     assert not any(row["is_safe"] for row in evaluation_rows([write(tmp_path / "ours.jsonl", ours)]))
 

@@ -34,6 +34,7 @@ SCORES = {
     "tied": NUMBERS.integers(0, 5, 300) / 5,
     "all equal": np.full(300, 0.5),
     "perfect": LABELS * 0.5 + 0.2,
+    "sure and wrong": np.where(LABELS, 0.3, 1.0),
 }
 
 
@@ -73,33 +74,32 @@ def test_what_guards_are_compared_by_equals_scikit_learns(scores):
 
 
 def test_too_few_rows_give_nan_and_not_a_figure():
-    """Kills: an area under one class, a rate at 1 % out of fewer than 100 safe rows."""
+    """Kills: an area under one class, a rate of no rows."""
     found = evaluation(np.array([1, 1, 1]), np.array([0.1, 0.5, 0.9]), 0.5)
-    assert all(np.isnan(found[name]) for name in ("auroc", "fpr", "tpr_at_1_percent_fpr")) and found["recall"] == 2 / 3
-    labels = np.arange(199) < 99
-    assert not np.isnan(evaluation(labels, labels * 0.5, 0.4)["tpr_at_1_percent_fpr"])
-    assert np.isnan(evaluation(labels[:198], labels[:198] * 0.5, 0.4)["tpr_at_1_percent_fpr"])
+    assert all(np.isnan(found[name]) for name in ("auroc", "fpr")) and found["recall"] == 2 / 3
     assert np.isnan(auroc(np.zeros(3), np.array([0.1, 0.2, 0.3])))
 
 
 @pytest.mark.parametrize("limit", [0, 0.05, 0.3, 1])
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 def test_threshold_at_a_false_positive_rate_has_the_highest_recall_of_all(scores, limit):
-    """Kills: a threshold that lets one more through, that is too careful, or on the score itself."""
+    """Kills: a threshold that lets one more through, that is too careful, that is on the score itself, or that lets
+    safe rows through for no recall."""
     threshold, recall = threshold_at_fpr(LABELS, scores, limit)
     found = metrics(LABELS, scores, threshold)
     assert found["fpr"] <= limit and found["recall"] == recall
     assert threshold not in scores or threshold == scores.min()
-    tried = [metrics(LABELS, scores, t) for t in scores]
-    assert recall == max([m["recall"] for m in tried if m["fpr"] <= limit], default=0)
+    tried = [metrics(LABELS, scores, t) for t in [*scores, 2]]
+    assert recall == max(m["recall"] for m in tried if m["fpr"] <= limit)
+    assert found["fpr"] == min(m["fpr"] for m in tried if m["recall"] == recall)
 
 
 def test_a_temperature_undoes_a_known_one():
     """Kills: a product for the quotient, labels turned round, a grid that ends too soon, the highest loss."""
     logits = NUMBERS.normal(size=20000)
     labels = NUMBERS.random(20000) < 1 / (1 + np.exp(-logits))
-    for factor in (0.3, 1, 4):
-        assert fit_temperature(labels, factor * logits) == pytest.approx(factor, rel=0.08)
+    for factor in (0.06, 0.3, 1, 4, 17):
+        assert fit_temperature(labels, factor * logits) == pytest.approx(factor, rel=0.05)
 
 
 def test_reliability_by_hand():
@@ -113,14 +113,14 @@ def test_intervals_come_from_draws_of_prompts():
     the prompts, other bounds, figures that no draw has."""
     labels = NUMBERS.integers(0, 2, 200)
     scores = np.clip(labels * 0.2 + NUMBERS.random(200) * 0.8, 0, 1)
-    low, high = bootstrap(labels, scores, np.full(200, 0.5), np.arange(200).astype(str))["accuracy"]
+    low, high = bootstrap(labels, scores, np.full(200, 0.5), np.arange(200))["accuracy"]
     value = metrics(labels, scores, 0.5)["accuracy"]
     assert low < value < high
     assert high - low == pytest.approx(2 * 1.96 * (value * (1 - value) / 200) ** 0.5, rel=0.15)
-    four = [np.repeat(column, 4) for column in (labels, scores, np.arange(200).astype(str))]
+    four = [np.repeat(column, 4) for column in (labels, scores, np.arange(200))]
     repeated = bootstrap(four[0], four[1], np.full(800, 0.5), four[2])["accuracy"]
     assert repeated == pytest.approx([low, high], abs=0.02)
-    one_class = bootstrap(np.ones(10, int), np.full(10, 0.7), np.full(10, 0.5), np.arange(10).astype(str), draws=20)
+    one_class = bootstrap(np.ones(10, int), np.full(10, 0.7), np.full(10, 0.5), np.arange(10), draws=20)
     assert one_class["recall"] == [1, 1] and "auroc" not in one_class
 
 
@@ -189,9 +189,12 @@ def result(tmp_path, monkeypatch, capsys):
     guard = make_guard()
     guard.calibration = {"shift": [0.5, -1.0, 2.0], "temperature": [2.0, 0.5, 1.0]}
 
+    def load_guard(config, adapter, device_id, threshold):
+        return guard, Thresholds(0.4, 0.3) if threshold is None else Thresholds(threshold, threshold)
+
     def call(rows, *options):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        monkeypatch.setattr(evaluate, "load_guard", lambda *_: (guard, Thresholds(0.4, 0.3)))
+        monkeypatch.setattr(evaluate, "load_guard", load_guard)
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--dataset", str(tmp_path / "rows.jsonl"), *options])
         evaluate.main()
         out = capsys.readouterr().out
@@ -219,7 +222,7 @@ ROWS = [
     {"prompt": "hi", "response": "the answer", "category": {"hate": True, "arson": False}},
     {"prompt": "hi", "response": "or", "category": {"hate": False, "arson": False}},
     {"prompt": "how", "response": "harmful", "is_safe": False},
-    {"prompt": "the bread", "is_safe": True},
+    {"prompt": "the bread", "is_safe": True, "kind": "everyday"},
 ]
 FLAGGED_FROM = np.array([0.3, 0.3, 0.3, 0.4])  # the last has no response
 
@@ -241,10 +244,33 @@ def test_the_command_gives_the_fields_of_the_contract(result, tmp_path):
     assert found["categories"] == {"hate": {"positives": 1, "ap": pytest.approx(ap)}}
     assert found["intervals"]["accuracy"][0] <= found["accuracy"] <= found["intervals"]["accuracy"][1]
     kept = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in kept] == [row["prompt"] for row in ROWS]
+    assert [row["prompt"] for row in kept] == [row["prompt"] for row in ROWS] and kept[3]["kind"] == "everyday"
     for row, wanted, label, threshold in zip(kept, scores, unsafe, FLAGGED_FROM, strict=True):
         assert [row["unsafe_probability"], *row["categories"].values()] == pytest.approx(wanted.tolist())
         assert row["is_safe"] == (not label) and row["flagged"] == (wanted[0] >= threshold)
+
+
+def test_a_rate_of_1_percent_needs_100_safe_rows(result):
+    """Kills: a figure, or an interval of one, that a single safe row decides."""
+    rows = [{"prompt": f"the bread {number % 9}", "is_safe": number > 0} for number in range(101)]
+    found = result(rows, "--json")
+    assert found["tpr_at_1_percent_fpr"] is not None and "tpr_at_1_percent_fpr" in found["intervals"]
+    found = result(rows[:100], "--json")
+    assert found["tpr_at_1_percent_fpr"] is None and "tpr_at_1_percent_fpr" not in found["intervals"]
+
+
+def test_a_score_that_is_no_number_counts_as_flagged(result, monkeypatch):
+    """Kills: a broken guard that is measured as if it passed everything."""
+    monkeypatch.setattr(result.guard, "score", lambda texts: torch.full((len(texts), 3), torch.nan))
+    found = result(ROWS, "--json")
+    assert found["recall"] == found["fpr"] == 1
+
+
+def test_the_rows_are_not_overwritten(result, tmp_path):
+    """Kills: --scores on the file that is read."""
+    with pytest.raises(UserError, match="destroy"):
+        result(ROWS, "--scores", str(tmp_path / "rows.jsonl"))
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(ROWS)
 
 
 def test_one_class_is_measured_as_far_as_it_can_be(result):
@@ -270,6 +296,8 @@ def test_the_plot_is_a_picture(result, tmp_path):
         result(rows, "--plot", str(tmp_path / "plot.png"))
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "plot.png").unlink()
+    with pytest.raises(UserError, match="cannot draw"):
+        result(ROWS, "--plot", str(tmp_path / "plot.xyz"))
 
 
 def test_running_verdicts_are_on_the_rows_that_have_an_answer(result):
@@ -280,6 +308,7 @@ def test_running_verdicts_are_on_the_rows_that_have_an_answer(result):
     lengths = [tokens for [*_, (tokens, _)] in running_scores(result.guard, rows[:3], 16)]
     found = result(rows, "--json", "--running=16", "--threshold=0")["running"]
     assert found["median_token_of_first_flag"] == np.median(lengths) > 1
+    assert "safe_and_not_flagged" in result(rows, "--running=16")
     with pytest.raises(UserError):
         result(rows, "--running=0")
 

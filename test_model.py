@@ -205,18 +205,31 @@ def test_caches_kept_in_a_folder_give_the_same_verdicts_and_are_read_once(tmp_pa
     assert len(read) == len(ids) + 1 and len(list(guard.cache_dir.iterdir())) == len(ids)
     assert torch.allclose(guard(ids), whole, atol=1e-5) and torch.allclose(guard(ids[::-1]), whole.flip(0), atol=1e-5)
     assert len(read) == len(ids) + 3
-    for other in (make_model(seed=1), make_model().to(torch.bfloat16)):  # the first differs in its matrices alone
+    scaled = make_model()
+    scaled.config.rope_theta = 7.0
+    for other in (make_model(seed=1), scaled):  # the first differs in its matrices alone
         other = GuardedChat(other, make_tokenizer(), categories=["theft", "hate"])
         other.keep_caches(tmp_path / "caches")
         assert other.cache_dir != guard.cache_dir
 
 
-def test_a_model_whose_cache_forgets_is_refused_a_cache_folder(tmp_path):
-    """Kills: a window of the last tokens taken for the whole conversation."""
-    guard = make_guard("mistral")
+def test_a_guard_whose_caches_cannot_be_kept_is_refused_before_a_file_is_written(tmp_path):
+    """Kills: a window of the last tokens taken for the whole conversation, a cache that the guard has changed."""
+    for guard in (make_guard("mistral"), make_guard("gemma3"), make_guard(guard_path="full")):
+        with pytest.raises(UserError, match="caches"):
+            guard.keep_caches(tmp_path / "caches")
+    assert not (tmp_path / "caches").exists()
+
+
+def test_a_damaged_cache_file_is_named(tmp_path):
+    """Kills: a traceback, and a verdict on what is left of the file."""
+    guard = make_guard()
     guard.keep_caches(tmp_path)
-    with pytest.raises(UserError, match="cache"):
-        guard(conversations(guard))
+    guard(conversations(guard)[:1])
+    [path] = guard.cache_dir.iterdir()
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=path.name):
+        guard(conversations(guard)[:1])
 
 
 # The adapter file.

@@ -260,10 +260,49 @@ def test_thresholds_are_chosen_for_answers_by_f1_and_for_prompts_by_few_refusals
     scores = np.array([0.1, 0.3, 0.5, 0.2, 0.1, 0.4, 0.6, 0.5, 0.8])
     answered = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0], bool)
     assert choose_thresholds(labels, scores, answered, None) == pytest.approx((0.7, 0.25))
-    assert choose_thresholds(labels, scores, answered, 0.5) == pytest.approx((0.25, 0.15))
+    assert choose_thresholds(labels, scores, answered, 0.5) == pytest.approx((0.25, 0.25))
     assert choose_thresholds(labels[:4], scores[:4], answered[:4], None) == pytest.approx((2.0, 0.25))
     assert choose_thresholds(labels[3:], scores[3:], answered[3:], None)[0] == pytest.approx(0.7)
     assert choose_thresholds(labels[3:], scores[3:], answered[3:], None)[1] == best_threshold(labels[3:], scores[3:])
+
+
+def test_prompts_alone_are_learnt_and_get_their_threshold(model_folder, tmp_path, monkeypatch, capsys):
+    """Kills: one threshold for all rows in metrics.csv, a prompt's that is not kept in the config, rows of both kinds
+    mixed up where one is too long, silence about a guard that refuses no prompt."""
+    rows = [row | {"response": "safe" if row["is_safe"] else "harmful"} for row in make_rows(120)]
+    alone = [{"prompt": f"{number} {row['response']}", "is_safe": row["is_safe"]} for number, row in enumerate(rows)]
+    long = {"prompt": "x" * 2000, "response": "safe", "is_safe": True}
+    seen, choose = [], train.epoch_metrics
+    monkeypatch.setattr(train, "epoch_metrics", lambda *given: seen.append(given) or choose(*given))
+    both = write(tmp_path / "rows.jsonl", [long, *rows, *alone])
+    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", both, "--epochs=1")
+    [row], config = table(tmp_path / "run", "metrics.csv"), json.loads((tmp_path / "run/config.json").read_text())
+    logits, targets, answered, _, calibration, _ = seen[0]
+    for split in train.SPLITS:
+        assert len(logits[split]) == len(targets[split]) == len(answered[split])
+        assert 0.3 < answered[split].mean() < 0.7 and (answered[split] == ~targets[split][:, 1].isnan().numpy()).all()
+    thresholds = np.where(answered["test"], config["threshold"], config["prompt_threshold"])
+    flagged = probabilities(logits["test"], calibration)[:, 0].numpy() >= thresholds
+    assert float(row["test/accuracy"]) == pytest.approx((flagged == targets["test"][:, 0].numpy()).mean())
+    assert config["prompt_threshold"] == float(row["prompt_threshold"]) != config["threshold"]
+    assert config["prompt_threshold"] < 2 and "refuses no prompt" not in capsys.readouterr().out
+    run(monkeypatch, model_folder, tmp_path / "pairs", "--dataset", write(tmp_path / "pairs.jsonl", rows), "--epochs=1")
+    assert json.loads((tmp_path / "pairs/config.json").read_text())["prompt_threshold"] == 2
+    assert "refuses no prompt" in capsys.readouterr().out
+
+
+def test_answers_alone_are_learnt_beside_their_pairs(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: an answer in place of its pair, labels that are lost, answers of validation or test rows among them."""
+    seen, labels = [], train.labels
+    monkeypatch.setattr(train, "labels", lambda rows, names: seen.append(rows) or labels(rows, names))
+    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, "--epochs=1", "--answers-alone")
+    learnt, *others = seen
+    splits, _ = load_splits([rows])
+    assert learnt[: len(splits["train"])] == splits["train"] and others == [splits["validation"], splits["test"]]
+    alone = [
+        (row["prompt"], row["response"], row["category"], row["is_safe"]) for row in learnt[len(splits["train"]) :]
+    ]
+    assert alone == [(row["response"], None, row["category"], row["is_safe"]) for row in splits["train"]]
 
 
 def test_a_false_positive_rate_that_the_user_names_is_kept(model_folder, tmp_path, monkeypatch):

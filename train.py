@@ -22,9 +22,8 @@ from tqdm.auto import tqdm
 from data import BEAVERTAILS, SPLITS, answer_start, encode, epoch_batches, is_answer, labels, load_splits
 from evaluate import best_threshold, fit_temperature, metrics, threshold_at_fpr
 from lora import UserError, first_line, run, trainable
-from model import EMBEDDED, GUARD, GuardedChat, Thresholds, load_chat_model, probabilities, write_whole
+from model import EMBEDDED, GUARD, NEVER, GuardedChat, Thresholds, load_chat_model, probabilities, write_whole
 
-NEVER = 2.0  # a threshold that no probability reaches
 PROMPT_FPR = 0.02  # to refuse a harmless question is worse than to answer a harmful one, for answers are judged too
 
 
@@ -36,6 +35,11 @@ def parse_arguments():
     add("output_dir", nargs="?", help="default: the next free runs/N")
     add(
         "--dataset", nargs="+", help=f"hub id, or files; default {BEAVERTAILS}, or sample.jsonl where no model is named"
+    )
+    add(
+        "--answers-alone",
+        action="store_true",
+        help="learn each answer once more as a text by itself, without its prompt",
     )
     add("--guard-path", choices=("activated", "full"), help="full is the paper's")
     add("--guard-prompt", help="the question behind the conversation, on the activated path")
@@ -91,12 +95,15 @@ def main():
     set_seed(args.seed)
 
     rows, categories = load_splits(args.dataset)
+    if args.answers_alone:
+        answers = [row for row in rows["train"] if is_answer(row["response"])]
+        rows["train"] += [row | {"prompt": row["response"], "response": None} for row in answers]
     chat_model, tokenizer = load_chat_model(args.hf_model_id)
     settings = {name: value for name, value in vars(args).items() if name in GUARD}
     guard = GuardedChat(chat_model, tokenizer, categories=categories, **settings)
     dtype = str(chat_model.dtype).removeprefix("torch.")
     config = {"base_model": args.hf_model_id, "dtype": dtype, **guard.settings}
-    config |= {"threshold": 0.5, "prompt_threshold": NEVER, "calibration": guard.calibration}
+    config |= {"threshold": 0.5, "prompt_threshold": NEVER.prompt, "calibration": guard.calibration}
     places = ("output_dir", "cache_dir", "resume")
     config["arguments"] = {name: value for name, value in vars(args).items() if name not in places}
     state = open_output(output, config, args.resume)
@@ -196,6 +203,8 @@ def main():
         figures = (f"{s} AUPRC {row[f'{s}/auprc']:.3f} F1 {row[f'{s}/f1']:.3f}" for s in SPLITS)
         accelerator.print(f"epoch {epoch}: {', '.join(figures)}")
     accelerator.end_training()
+    if config["prompt_threshold"] == NEVER.prompt:
+        accelerator.print("it refuses no prompt, for the validation rows have no prompts alone, both safe and unsafe")
     accelerator.print(f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}")
 
 
@@ -240,8 +249,8 @@ def choose_thresholds(labels, scores, answered, max_fpr):
         return threshold_at_fpr(labels[rows], scores[rows], limit)[0]
 
     both = [len(np.unique(labels[rows])) == 2 for rows in (~answered, answered)]
-    prompt = chosen(~answered, PROMPT_FPR if max_fpr is None else max_fpr) if both[0] else NEVER
-    return Thresholds(prompt, chosen(answered if both[1] else answered | True, max_fpr))
+    prompt = chosen(~answered, PROMPT_FPR if max_fpr is None else max_fpr) if both[0] else NEVER.prompt
+    return Thresholds(prompt, chosen(answered if both[1] else slice(None), max_fpr))
 
 
 def epoch_metrics(logits, targets, answered, categories, calibration, max_fpr):
