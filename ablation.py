@@ -9,6 +9,7 @@ of the usual tenth; the last is left out, for train.py would make it a test spli
 import argparse
 import csv
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from data import read_rows, tenth_of
 from lora import UserError, run
-from model import EMBEDDED, load_chat_model
+from model import EMBEDDED, load_chat_model, write_whole
 
 # The paper's form: no control tokens, each turn is plain text behind the name of who speaks.
 PLAIN = (
@@ -35,61 +36,71 @@ VARIANTS = {  # name: (seeds, what train.py is given beside the common arguments
     "guard prompt: long": (1, [f"--guard-prompt={LONG}"]),
     "guard prompt: off the subject": (1, ["--guard-prompt=\n\nThe weather was fine for the rest of that day"]),
     "template: plain": (1, []),
+    "rows: answers alone too": (1, ["--answers-alone"]),
     "rows: SafeRLHF too": (1, []),
     "guard path: full": (3, ["--guard-path=full"]),
 }
 
 
 def train(output, variant, seed, options, rows):
-    """Train one guard, unless that is done; {"auprc", "f1", "category AP"} on validation in the best epoch."""
+    """Train one guard, unless that is done; its {"AUPRC", "category AP"} on validation after the last epoch."""
     folder = output / f"{variant} {seed}".translate(str.maketrans(" ,:", "___"))
-    if not (folder / "done").exists():
-        model = str(output / "plain-template") if variant == "template: plain" else EMBEDDED
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), model, str(folder), "--dataset", *rows]
-        command += ["--epochs=2", f"--seed={seed}", *options]
-        if "--guard-path=full" not in options:
-            command += ["--cache-dir", str(output / "caches")]
+    model = str(output / "plain-template") if variant == "template: plain" else EMBEDDED
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), model, str(folder), "--dataset", *rows]
+    command += ["--epochs=2", f"--seed={seed}", *options]
+    if "--guard-path=full" not in options:
+        command += ["--cache-dir", str(output / "caches")]
+    metrics = folder / "metrics.csv"
+    finished = metrics.exists() and json.loads((folder / "config.json").read_text())["arguments"]["epochs"]
+    if not finished or len(read_csv(metrics)) < finished:
         if (folder / "checkpoints/state.pt").exists():
             command.append("--resume")
-        elif folder.exists():
-            folder.rename(f"{folder} killed {len(list(output.iterdir()))}")
-        if subprocess.run(command).returncode:
+        elif folder.exists():  # killed before the first epoch ended
+            shutil.rmtree(folder)
+        if subprocess.run(command, stdout=sys.stderr).returncode:
             raise UserError(f"the training of {folder} failed")
-        (folder / "done").touch()
-    with open(folder / "metrics.csv", newline="") as file:
-        best = max(csv.DictReader(file), key=lambda row: float(row["validation/auprc"]))
+    last = read_csv(metrics)[-1]
     categories = json.loads((folder / "config.json").read_text())["categories"]
-    ap = statistics.mean(float(best[f"validation/{category}/auprc"]) for category in categories)
-    return {"AUPRC": float(best["validation/auprc"]), "F1": float(best["validation/f1"]), "category AP": ap}
+    ap = statistics.mean(float(last[f"validation/{category}/auprc"]) for category in categories)
+    return {"AUPRC": float(last["validation/auprc"]), "category AP": ap}
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("beavertails", help="rows with prompt, response, category and is_safe")
-    parser.add_argument("safe_rlhf", help="more rows, of which the prompts that are measured on are left out")
+    parser.add_argument("beavertails", help="file of rows with prompt, response, category and is_safe")
+    parser.add_argument("safe_rlhf", help="file of more rows, of which the prompts that are measured on are left out")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    [(_, _, rows)] = read_rows([args.beavertails])
+    rows = [row for _, _, some in read_rows([args.beavertails]) for row in some]
+    list(read_rows([args.safe_rlhf]))  # a mistake in it shows now, not hours later
     files = []
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, tenths in (("train", range(1, 6)), ("validation", range(6, 10))):
         files.append(str(args.output_dir / f"{name}.jsonl"))
-        some = (json.dumps(row) + "\n" for row in rows if tenth_of(row) in tenths)
-        Path(files[-1]).write_text("".join(some))
-    if not (args.output_dir / "plain-template").exists():
+        content = "".join(json.dumps(row) + "\n" for row in rows if tenth_of(row) in tenths).encode()
+        if Path(files[-1]).exists() and Path(files[-1]).read_bytes() != content:
+            raise UserError(f"{args.output_dir} holds an ablation on other rows; name another folder")
+        write_whole(files[-1], content)
+    if not (template := args.output_dir / "plain-template").exists():
         model, tokenizer = load_chat_model(EMBEDDED)
         tokenizer.chat_template = PLAIN
-        model.save_pretrained(args.output_dir / "plain-template")
-        tokenizer.save_pretrained(args.output_dir / "plain-template")
+        model.save_pretrained(f"{template}.tmp")
+        tokenizer.save_pretrained(f"{template}.tmp")
+        Path(f"{template}.tmp").rename(template)
     found = {}
-    print("| variant | seeds | AUPRC | F1 | mean category AP |\n|---|---|---|---|---|")
+    print("| variant | AUPRC | mean category AP |\n|---|---|---|")
     for name, (seeds, options) in VARIANTS.items():
         given = [*files, args.safe_rlhf] if name == "rows: SafeRLHF too" else files
         runs = [train(args.output_dir, name, seed, options, given) for seed in range(seeds)]
         found[name] = [one["AUPRC"] for one in runs]
         columns = [" / ".join(f"{one[measure]:.3f}" for one in runs) for measure in runs[0]]
-        print(f"| {name} | {seeds} | {' | '.join(columns)} |", flush=True)
+        print(f"| {name} | {' | '.join(columns)} |", flush=True)
     if args.plot:
         plot(args.plot, found)
 
