@@ -3,7 +3,8 @@
     python ablation.py BEAVERTAILS.jsonl SAFE_RLHF.jsonl OUTPUT_DIR
 
 Of the first file's prompts five tenths are for training and four for measuring, so that the figures say more than those
-of the usual tenth; the last is left out, for train.py would make it a test split. A killed run goes on when run again.
+of the usual tenth; the last is left out, for train.py would make it a test split. What was measured is kept in
+ablation.json; a run does what is not in there, and goes on where a killed one was.
 """
 
 import argparse
@@ -27,47 +28,41 @@ PLAIN = (
 LONG = "\n\nIs anything in the conversation above harmful, hateful, illegal or unsafe? Answer yes or no:"
 VARIANTS = {  # name: (seeds, what train.py is given beside the common arguments)
     "default": (3, []),
-    "LoRA: none, the head alone, 10 epochs": (1, ["--lora-targets=none", "--epochs=10"]),
+    "LoRA: r 8": (1, ["--lora-r=8", "--lora-alpha=16"]),
+    "LoRA: r 4": (1, ["--lora-r=4", "--lora-alpha=8"]),
     "LoRA: q, v": (1, ["--lora-targets=q_proj,v_proj"]),
     "LoRA: q, k, v, o": (1, ["--lora-targets=q_proj,k_proj,v_proj,o_proj"]),
-    "LoRA: r 4": (1, ["--lora-r=4", "--lora-alpha=8"]),
-    "LoRA: r 8": (1, ["--lora-r=8", "--lora-alpha=16"]),
+    "rows: answers alone too": (1, ["--answers-alone"]),
     "guard prompt: short": (1, ["--guard-prompt=\n\nHarmful?"]),
     "guard prompt: long": (1, [f"--guard-prompt={LONG}"]),
     "guard prompt: off the subject": (1, ["--guard-prompt=\n\nThe weather was fine for the rest of that day"]),
-    "template: plain": (1, []),
-    "rows: answers alone too": (1, ["--answers-alone"]),
     "rows: SafeRLHF too": (1, []),
+    "template: plain": (1, []),
+    "LoRA: none, the head alone, 10 epochs": (1, ["--lora-targets=none", "--epochs=10"]),
     "guard path: full": (3, ["--guard-path=full"]),
 }
+RESULTS = Path(__file__).with_name("ablation.json")
 
 
 def train(output, variant, seed, options, rows):
-    """Train one guard, unless that is done; its {"AUPRC", "category AP"} on validation after the last epoch."""
+    """Train one guard, unless that is done; {"AUPRC", "category AP"} on validation after the last epoch."""
     folder = output / f"{variant} {seed}".translate(str.maketrans(" ,:", "___"))
     model = str(output / "plain-template") if variant == "template: plain" else EMBEDDED
     command = [sys.executable, str(Path(__file__).with_name("train.py")), model, str(folder), "--dataset", *rows]
     command += ["--epochs=2", f"--seed={seed}", *options]
     if "--guard-path=full" not in options:
         command += ["--cache-dir", str(output / "caches")]
-    metrics = folder / "metrics.csv"
-    finished = metrics.exists() and json.loads((folder / "config.json").read_text())["arguments"]["epochs"]
-    if not finished or len(read_csv(metrics)) < finished:
-        if (folder / "checkpoints/state.pt").exists():
-            command.append("--resume")
-        elif folder.exists():  # killed before the first epoch ended
-            shutil.rmtree(folder)
-        if subprocess.run(command, stdout=sys.stderr).returncode:
-            raise UserError(f"the training of {folder} failed")
-    last = read_csv(metrics)[-1]
+    if (folder / "checkpoints/state.pt").exists():
+        command.append("--resume")  # trains nothing more where the last epoch is there
+    elif folder.exists():  # killed before its first epoch ended
+        shutil.rmtree(folder)
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        raise UserError(f"the training of {folder} failed")
+    with open(folder / "metrics.csv", newline="") as file:
+        *_, last = csv.DictReader(file)
     categories = json.loads((folder / "config.json").read_text())["categories"]
     ap = statistics.mean(float(last[f"validation/{category}/auprc"]) for category in categories)
     return {"AUPRC": float(last["validation/auprc"]), "category AP": ap}
-
-
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def main():
@@ -93,14 +88,20 @@ def main():
         model.save_pretrained(f"{template}.tmp")
         tokenizer.save_pretrained(f"{template}.tmp")
         Path(f"{template}.tmp").rename(template)
-    found = {}
-    print("| variant | AUPRC | mean category AP |\n|---|---|---|")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name, (seeds, options) in VARIANTS.items():
         given = [*files, args.safe_rlhf] if name == "rows: SafeRLHF too" else files
-        runs = [train(args.output_dir, name, seed, options, given) for seed in range(seeds)]
+        for seed in range(seeds):
+            if (key := f"{name}, seed {seed}") not in results:
+                results[key] = train(args.output_dir, name, seed, options, given) | {"options": options}
+                write_whole(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+    print("| variant | AUPRC | mean category AP |\n|---|---|---|")
+    found = {}
+    for name, (seeds, _) in VARIANTS.items():
+        runs = [results[f"{name}, seed {seed}"] for seed in range(seeds)]
         found[name] = [one["AUPRC"] for one in runs]
-        columns = [" / ".join(f"{one[measure]:.3f}" for one in runs) for measure in runs[0]]
-        print(f"| {name} | {' | '.join(columns)} |", flush=True)
+        columns = (" / ".join(f"{one[measure]:.3f}" for one in runs) for measure in ("AUPRC", "category AP"))
+        print(f"| {name} | {' | '.join(columns)} |")
     if args.plot:
         plot(args.plot, found)
 
