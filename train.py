@@ -8,6 +8,7 @@ One plain loop with accelerate, from top to bottom; `accelerate launch train.py 
 import argparse
 import csv
 import io
+import itertools
 import json
 import time
 from pathlib import Path
@@ -114,19 +115,19 @@ def main():
 
     # Every text is tokenised once; what does not fit the context is left out here, and judged in windows in use.
     texts = {split: [encode(tokenizer, row["prompt"], row["response"]) for row in rows[split]] for split in SPLITS}
+    fits = [len(ids) <= guard.max_tokens for ids in texts["train"]]
+    if not all(fits):
+        accelerator.print(f"left out {fits.count(False)} training rows of more than {guard.max_tokens} tokens")
+        for part in (rows, texts):
+            part["train"] = list(itertools.compress(part["train"], fits))
+        if len({row["is_safe"] for row in rows["train"]}) < 2:
+            raise UserError("the training rows that fit the context are not both safe and unsafe")
     targets = {split: labels(rows[split], categories) for split in SPLITS}  # (rows, 1 + K)
     answered = {split: np.array([is_answer(row["response"]) for row in rows[split]], bool) for split in SPLITS}
-    fits = torch.tensor([len(ids) <= guard.max_tokens for ids in texts["train"]])
-    if not fits.all():
-        accelerator.print(f"left out {(~fits).sum()} training rows of more than {guard.max_tokens} tokens")
-        texts["train"] = [ids for ids in texts["train"] if len(ids) <= guard.max_tokens]
-        targets["train"], answered["train"] = targets["train"][fits], answered["train"][fits.numpy()]
-        if len(targets["train"][:, 0].unique()) < 2:
-            raise UserError("the training rows that fit the context are not both safe and unsafe")
     lengths = torch.tensor([len(ids) for ids in texts["train"]])
     starts = lengths  # of `full`, which judges no answer before its end, no answer is cut
     if not guard.is_full:
-        prompts = [encode(tokenizer, row["prompt"]) for row, fit in zip(rows["train"], fits, strict=True) if fit]
+        prompts = [encode(tokenizer, row["prompt"]) for row in rows["train"]]
         starts = torch.tensor([answer_start(*pair) for pair in zip(prompts, texts["train"], strict=True)])
     positives, known = targets["train"].nansum(0), (~targets["train"].isnan()).sum(0)
     # Without positives the weight would be infinite; as no term then carries it, any finite one serves.
