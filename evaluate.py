@@ -60,7 +60,7 @@ def threshold_at_fpr(labels, scores, limit):
     """
     thresholds, positives, flagged = _curve(labels, scores)
     false, true = np.append(0, flagged - positives), np.append(0, positives)
-    best = np.argmax(np.where(false <= limit * (labels == 0).sum(), true, -1))
+    best = np.argmax(true * (false <= limit * (labels == 0).sum()))
     threshold = np.concatenate([[2], thresholds, thresholds[-1:]])[best : best + 2].mean()
     return float(threshold), float(true[best] / labels.sum()) if labels.any() else float("nan")
 

@@ -117,7 +117,8 @@ def evaluated(rows):
 
 
 def test_toxic_chat_is_read_from_the_hub_and_from_files(tmp_path, monkeypatch):
-    """Kills: its older version, the model's output judged along, labels turned round, a label that is no label."""
+    """Kills: its older version, the model's output judged along, labels turned round, a label that is no label, a text
+    of digits that becomes a number."""
     rows = [
         {"conv_id": "a", "user_input": "one", "model_output": "no", "human_annotation": True, "toxicity": 0},
         {"conv_id": "b", "user_input": "two", "model_output": "no", "human_annotation": True, "toxicity": 1},
@@ -131,6 +132,8 @@ def test_toxic_chat_is_read_from_the_hub_and_from_files(tmp_path, monkeypatch):
     datasets.Dataset.from_list(rows).to_csv(tmp_path / "toxic.csv")
     for path in (write(tmp_path / "toxic.jsonl", rows), str(tmp_path / "toxic.csv")):
         assert evaluated(evaluation_rows([path])) == wanted
+    datasets.Dataset.from_list([row | {"user_input": "007"} for row in rows]).to_csv(tmp_path / "number.csv")
+    assert [row["prompt"] for row in evaluation_rows([str(tmp_path / "number.csv")])] == ["007", "007"]
     with pytest.raises(UserError, match="row 1: toxicity"):
         evaluation_rows([write(tmp_path / "bad.jsonl", [rows[0] | {"toxicity": None}])])
 
@@ -139,8 +142,9 @@ def test_openais_moderation_set_is_unsafe_where_any_known_label_is_1(tmp_path):
     """Kills: one label that is not looked at, an unknown label taken for harm, labels turned round."""
     unknown = {"prompt": "none known"}
     rows = [{"prompt": name, "S": 0, name: 1} for name in ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")]
-    rows += [{"prompt": "safe", "S": 0, "V2": 0}, {"prompt": "null", "S": None, "H": 0}]
-    wanted = [(row["prompt"], None, None, number >= 8) for number, row in enumerate(rows)]
+    rows += [{"prompt": "safe", "S": 0, "V2": 0}, {"prompt": "null", "S": None, "H": 0.0}]
+    rows += [{"prompt": "a number with a point, as a column with gaps has", "S": None, "H": 1.0}]
+    wanted = [(row["prompt"], None, None, number in (8, 9)) for number, row in enumerate(rows)]
     assert evaluated(evaluation_rows([write(tmp_path / "samples-1680.jsonl", rows)])) == wanted
     names = ("prompt", "S", "H", "V", "HR", "SH", "S3", "H2", "V2")
     datasets.Dataset.from_list([dict.fromkeys(names) | row for row in rows]).to_csv(tmp_path / "samples.csv")

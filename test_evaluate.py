@@ -75,7 +75,8 @@ def test_what_guards_are_compared_by_equals_scikit_learns(scores):
 
 def test_too_few_rows_give_nan_and_not_a_figure():
     """Kills: an area under one class, a rate of no rows."""
-    found = evaluation(np.array([1, 1, 1]), np.array([0.1, 0.5, 0.9]), 0.5)
+    with np.errstate(all="raise"):
+        found = evaluation(np.array([1, 1, 1]), np.array([0.1, 0.5, 0.9]), 0.5)
     assert all(np.isnan(found[name]) for name in ("auroc", "fpr")) and found["recall"] == 2 / 3
     assert np.isnan(auroc(np.zeros(3), np.array([0.1, 0.2, 0.3])))
 
@@ -190,7 +191,7 @@ def result(tmp_path, monkeypatch, capsys):
     guard.calibration = {"shift": [0.5, -1.0, 2.0], "temperature": [2.0, 0.5, 1.0]}
 
     def load_guard(config, adapter, device_id, threshold):
-        return guard, Thresholds(0.4, 0.3) if threshold is None else Thresholds(threshold, threshold)
+        return guard, Thresholds(2.0, 0.0) if threshold is None else Thresholds(threshold, threshold)
 
     def call(rows, *options):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -224,7 +225,7 @@ ROWS = [
     {"prompt": "how", "response": "harmful", "is_safe": False},
     {"prompt": "the bread", "is_safe": True, "kind": "everyday"},
 ]
-FLAGGED_FROM = np.array([0.3, 0.3, 0.3, 0.4])  # the last has no response
+FLAGGED_FROM = np.array([0.0, 0.0, 0.0, 2.0])  # the last has no response
 
 
 def test_the_command_gives_the_fields_of_the_contract(result, tmp_path):
@@ -238,7 +239,7 @@ def test_the_command_gives_the_fields_of_the_contract(result, tmp_path):
         {name: evaluation(unsafe, scores[:, 0], FLAGGED_FROM)[name] for name in ("auprc", "auroc", "f1", "accuracy")}
     )
     assert (found["rows"], found["positives"]) == (4, 2)
-    assert (found["threshold"], found["prompt_threshold"]) == (0.3, 0.4)
+    assert (found["threshold"], found["prompt_threshold"]) == (0.0, 2.0)
     assert found["unknown_categories"] == ["arson"] and found["tpr_at_1_percent_fpr"] is None
     ap = average_precision(np.array([1, 0]), scores[:2, 2])
     assert found["categories"] == {"hate": {"positives": 1, "ap": pytest.approx(ap)}}
@@ -262,7 +263,7 @@ def test_a_rate_of_1_percent_needs_100_safe_rows(result):
 def test_a_score_that_is_no_number_counts_as_flagged(result, monkeypatch):
     """Kills: a broken guard that is measured as if it passed everything."""
     monkeypatch.setattr(result.guard, "score", lambda texts: torch.full((len(texts), 3), torch.nan))
-    found = result(ROWS, "--json")
+    found = result(ROWS, "--json", "--threshold=0.9")
     assert found["recall"] == found["fpr"] == 1
 
 

@@ -393,12 +393,12 @@ def test_a_config_with_a_wrong_value_is_refused_by_field(saved, field, value):
 def test_probabilities_are_what_the_calibration_makes_of_the_logits(saved):
     """Kills: a shift or temperature that is not read, of another output, in the wrong order or in single precision."""
     _, config, adapter = saved
-    calibration = {"shift": [0.5, -1.0, 2.0], "temperature": [2.0, 0.5, 1.0]}
+    calibration = {"shift": [0.3, -1.0, 2.0], "temperature": [2.0, 0.5, 1.0]}
     config.write_text(json.dumps(json.loads(config.read_text()) | {"calibration": calibration}))
     guard, _ = load_guard(config, adapter)
     logits = torch.tensor([[1.0, 2.0, 3.0], [40.0, -1.0, torch.nan]])
     found = probabilities(logits, guard.calibration)
-    wanted = [[1 / (1 + math.exp(-z)) for z in row] for row in ([0.25, 6.0, 1.0], [19.75, 0.0])]
+    wanted = [[1 / (1 + math.exp(-z)) for z in row] for row in ([0.35, 6.0, 1.0], [19.85, 0.0])]
     assert found[0].tolist() == pytest.approx(wanted[0], abs=1e-12)
     assert found[1, :2].tolist() == pytest.approx(wanted[1], abs=1e-12) and found[1, 2].isnan()
     assert found[1, 0] < 1
