@@ -6,7 +6,7 @@ from transformers import TextStreamer
 
 from conftest import CONTEXT, make_guard, make_model
 from lora import UserError
-from model import Thresholds
+from model import Thresholds, probabilities
 
 KINDS = ["llama", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox"]
 NEVER = Thresholds(2.0, 2.0)  # judge, never stop
@@ -72,8 +72,9 @@ def test_an_answer_under_guard_is_plain_generates(kind, rows):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_verdict_at_a_token_is_the_score_of_the_conversation_cut_there(kind, path):
     """Kills: a verdict one token early or late, on padding, on the answer's end token, or on a cache that has it; a
-    last token that no verdict has read; a schedule that `full` does not have."""
+    last token that no verdict has read; a schedule that `full` does not have; a verdict that is not calibrated."""
     guard = guard_of(kind, guard_path=path)
+    guard.calibration = {"shift": [0.5, -1.0, 2.0], "temperature": [2.0, 0.5, 1.0]}
     asked = prompts(guard)
     ends = plain(guard, asked)[0][9:10]
     for end in (2, *ends):
@@ -82,8 +83,8 @@ def test_a_verdict_at_a_token_is_the_score_of_the_conversation_cut_there(kind, p
             last = len(answer.ids)
             assert [n for n, _ in answer.verdicts] == ([0, last] if path == "full" else [*range(0, last, 4), last])
             cut = [ids + answer.ids[:n] for n, _ in answer.verdicts]
-            found = torch.tensor([verdict for _, verdict in answer.verdicts])
-            assert torch.allclose(found, guard.score(cut).sigmoid(), atol=1e-5)
+            found = torch.tensor([verdict for _, verdict in answer.verdicts], dtype=torch.double)
+            assert torch.allclose(found, probabilities(guard.score(cut), guard.calibration), atol=1e-5)
     assert len(answers[0].ids) <= 9
 
 

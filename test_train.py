@@ -257,10 +257,10 @@ def test_thresholds_are_chosen_for_answers_by_f1_and_for_prompts_by_few_refusals
     """Kills: prompts that take part in the choice for answers, or the other way round; a best F1 for prompts, which
     refuses safe ones; a prompt refused where the rows say nothing about prompts alone."""
     labels = np.array([0, 1, 1, 0, 0, 1, 0, 1, 1])
-    scores = np.array([0.1, 0.3, 0.5, 0.2, 0.1, 0.4, 0.6, 0.5, 0.8])
+    scores = np.array([0.1, 0.3, 0.5, 0.2, 0.05, 0.15, 0.6, 0.15, 0.8])
     answered = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0], bool)
     assert choose_thresholds(labels, scores, answered, None) == pytest.approx((0.7, 0.25))
-    assert choose_thresholds(labels, scores, answered, 0.5) == pytest.approx((0.25, 0.25))
+    assert choose_thresholds(labels, scores, answered, 0.5) == pytest.approx((0.1, 0.25))
     assert choose_thresholds(labels[:4], scores[:4], answered[:4], None) == pytest.approx((2.0, 0.25))
     assert choose_thresholds(labels[3:], scores[3:], answered[3:], None)[0] == pytest.approx(0.7)
     assert choose_thresholds(labels[3:], scores[3:], answered[3:], None)[1] == best_threshold(labels[3:], scores[3:])
@@ -285,6 +285,7 @@ def test_prompts_alone_are_learnt_and_get_their_threshold(model_folder, tmp_path
     flagged = probabilities(logits["test"], calibration)[:, 0].numpy() >= thresholds
     assert float(row["test/accuracy"]) == pytest.approx((flagged == targets["test"][:, 0].numpy()).mean())
     assert config["prompt_threshold"] == float(row["prompt_threshold"]) != config["threshold"]
+    assert config["calibration"] == calibration
     assert config["prompt_threshold"] < 2 and "refuses no prompt" not in capsys.readouterr().out
     run(monkeypatch, model_folder, tmp_path / "pairs", "--dataset", write(tmp_path / "pairs.jsonl", rows), "--epochs=1")
     assert json.loads((tmp_path / "pairs/config.json").read_text())["prompt_threshold"] == 2

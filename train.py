@@ -71,8 +71,6 @@ def parse_arguments():
         raise UserError("--max-fpr must be from 0 to below 1")
     if not 0 <= args.seed < 2**31:
         raise UserError("--seed must be from 0 to 2147483647")
-    if args.cache_dir and args.guard_path == "full":
-        raise UserError("--cache-dir is for the activated path; in full the guard changes what the cache holds")
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run to go on with: train.py MODEL OUTPUT_DIR --resume")
     if args.dataset is None:
