@@ -203,7 +203,9 @@ def main():
         accelerator.print(f"epoch {epoch}: {', '.join(figures)}")
     accelerator.end_training()
     if config["prompt_threshold"] == NEVER.prompt:
-        accelerator.print("the guard refuses no prompt: that takes validation rows without a response, safe and unsafe ones")
+        accelerator.print(
+            "the guard refuses no prompt: that takes validation rows without a response, safe and unsafe ones"
+        )
     accelerator.print(f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}")
 
 
