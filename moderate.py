@@ -86,16 +86,16 @@ def moderate_turn(guard, prompt, response, thresholds, history=(), **options):
         answers = [len(text) - answer_start(ids, text) for text in texts]
         verdicts = list(zip(answers, judged, strict=True))
         stopped = "prompt" if response is None and is_flagged(judged[0][0], thresholds.prompt) else None
-    unsafe, *others = verdicts[-1][1]
+    last = verdict_fields(guard, thresholds[verdicts[-1][0] > 0], *verdicts[-1][1])
     return {
         "prompt": prompt,
         "prompt_unsafe_probability": verdicts[0][1][0],
         "response": response,
-        "response_unsafe_probability": None if response is None else unsafe,
-        "flagged": is_flagged(unsafe, thresholds[verdicts[-1][0] > 0]),
+        "response_unsafe_probability": None if response is None else last["unsafe_probability"],
+        "flagged": last["flagged"],
         "stopped": stopped,
         "verdicts": [[tokens, verdict[0]] for tokens, verdict in verdicts if tokens],
-        "categories": dict(zip(guard.categories, others, strict=True)),
+        "categories": last["categories"],
     }
 
 
