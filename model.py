@@ -324,6 +324,17 @@ class GuardedChat(nn.Module):
         for parameter in trainable(self.chat_model).values():
             parameter.data = parameter.data.to(self.chat_model.dtype)
 
+    def use_fast_dtype(self):
+        """Compute in fp32 what a CPU without instructions for 16-bit products would take several times as long for.
+
+        For training and scoring, which read many tokens at once; writing an answer, a token at a time, is bound by
+        memory, and there 16 bits are faster on any CPU. The weights keep their values.
+        """
+        kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.chat_model.dtype)
+        able = any(able and kind in name for name, able in torch.cpu.get_capabilities().items()) if kind else True
+        if not able and self.guard_prompt_ids.device.type == "cpu":
+            self.chat_model.float()
+
     def save_adapter(self, path):
         """Write the adapters and the head, nothing else, as safetensors; their settings are in its header."""
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.adapter().items()}

@@ -278,6 +278,35 @@ def test_a_loaded_guard_is_cast_once_and_judges_bit_for_bit_as_before(saved):
     assert torch.equal(loaded.score(conversations(loaded)), cast)
 
 
+@pytest.mark.parametrize(
+    ("stored", "capabilities", "wanted"),
+    [
+        (torch.bfloat16, {"avx2": True, "avx512_bf16": False, "avx512_fp16": True, "amx_bf16": False}, torch.float32),
+        (torch.bfloat16, {"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        (torch.float16, {"avx512_bf16": True, "avx512_fp16": False}, torch.float32),
+        (torch.float16, {"fp16_arith": True}, torch.float16),
+        (torch.float64, {}, torch.float64),
+    ],
+)
+def test_16_bits_are_left_where_the_processor_has_no_instructions_for_them(stored, capabilities, wanted, monkeypatch):
+    """Kills: no change, a change on every processor, instructions for another type, and a wider type made narrower."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    guard = make_guard()
+    guard.chat_model.to(stored)
+    before = {name: tensor.clone() for name, tensor in guard.chat_model.state_dict().items()}
+    guard.use_fast_dtype()
+    for name, tensor in guard.chat_model.state_dict().items():
+        assert tensor.dtype == wanted and torch.equal(tensor, before[name].to(wanted))
+
+
+def test_16_bits_stay_on_a_gpu(monkeypatch):
+    """Kills: the processor's instructions asked for where it does not compute."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    guard = make_guard()
+    guard.to(torch.bfloat16).to("meta").use_fast_dtype()
+    assert guard.chat_model.dtype == torch.bfloat16
+
+
 def test_only_adapters_and_head_are_saved_under_pefts_names(saved):
     """Kills: saving the base, and names that other tools cannot read."""
     tensors = safetensors.torch.load_file(saved[2])

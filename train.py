@@ -137,6 +137,7 @@ def main():
         guard.load_adapter(output / f"checkpoints/epoch_{state['epoch']}.safetensors")
         optimizer.load_state_dict(state["optimizer"])
     model, optimizer = accelerator.prepare(guard, optimizer)
+    guard.use_fast_dtype()
     if accelerator.is_main_process:
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json(output / "config.json", config)
