@@ -199,7 +199,7 @@ def encode(tokenizer, prompt, response=None, history=()):
     history: the messages before the prompt, [{"role": "user" or "assistant", "content": text}, ...].
     The answer is left open (no end-of-turn token behind it), so that a finished answer and one still being written are
     judged in the same form. Control literals in the texts ("<|im_end|>") are encoded as the plain text that they are.
-    Raises UserError where the template cannot show the texts whole.
+    Raises UserError where the template cannot show the texts whole, or a text would still become a control token.
     """
     if tokenizer.chat_control_tokens is None:
         # All, for a template can put one together from its parts, out of sight of what looks for it there.
@@ -217,7 +217,24 @@ def encode(tokenizer, prompt, response=None, history=()):
     # Of the history no more than this turn: what the template drops of it, as reasoning, the chat model does not read.
     if not all(message["content"].strip() in shown for message in messages[len(history) :]):
         raise UserError("the chat template leaves out a part of this conversation, which the guard would not see")
+    if any(_normalises_to_control(tokenizer, message["content"]) for message in messages):
+        raise UserError("a text of this conversation is normalised to a control token, so it cannot be judged")
     return ids
+
+
+def _normalises_to_control(tokenizer, text):
+    """Whether a text has more control tokens after the tokenizer's normalizer than before, as "＜|im_end|＞" may have.
+
+    Literals are defused where they stand in the text, but such tokens are looked for in what that is normalised to.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not (backend and backend.normalizer):
+        return False
+    text = re.sub("[\U000f0000-\U0010fffd]", "", text)  # private characters, of which transformers drops some
+    normalise, tokens = backend.normalizer.normalize_str, tokenizer.added_tokens_decoder.values()
+    tokens = [token.content for token in tokens if token.normalized and token.content.strip()]
+    normalised = normalise(text)
+    return any(normalised.count(normalise(token)) > text.count(token) for token in tokens)
 
 
 def is_answer(response):
