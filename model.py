@@ -8,6 +8,7 @@ LoRA-Guard (Elesedy et al., arXiv 2407.02987) runs f' over the whole conversatio
 only a short question behind it, the guard prompt, which attends to the chat path's key/value cache.
 """
 
+import contextlib
 import copy
 import hashlib
 import importlib.metadata
@@ -507,10 +508,18 @@ def find_device(device_id):
 
 
 def write_whole(path, content):
-    """Write bytes so that `path` holds the old content or the new, never a part: written aside, flushed, renamed."""
+    """Write bytes so that `path` holds the old content or the new, never a part: written aside, flushed, renamed.
+
+    Raises UserError where that cannot be done, as on a full disk.
+    """
     aside = Path(f"{path}.{os.getpid()}.tmp")  # its own for each process, for two may write the same file
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -4,9 +4,15 @@ import csv
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +22,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import train
-from conftest import make_tokenizer
+from conftest import make_model, make_tokenizer
 from data import encode, load_splits
 from evaluate import best_threshold
 from lora import UserError
@@ -182,27 +188,124 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(model_folder, rows,
     assert (tmp_path / "a/adapter.safetensors").read_bytes() != (tmp_path / "c/adapter.safetensors").read_bytes()
 
 
-def test_a_killed_run_resumes_and_ends_as_if_undisturbed(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: a state without the optimizer's moments, a schedule or order that starts anew, lost or doubled rows."""
-    arguments = ["--dataset", rows, "--epochs=3", "--lora-dropout=0.1", "--learning-rate=0.005"]
+def same_files(one, other):
+    names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file() and path.name != "state.pt")
+    assert names == sorted(
+        path.relative_to(other) for path in other.rglob("*") if path.name != "state.pt" and path.is_file()
+    )
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+LONG = ["--epochs=3", "--lora-dropout=0.1", "--learning-rate=0.005", "--per-device-batch-size=4", "--save-steps=3"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("at", [4, 17, 33])
+def test_a_run_that_is_told_to_stop_saves_first_and_ends_as_if_undisturbed(
+    at, number, status, model_folder, rows, tmp_path, monkeypatch, capsys
+):
+    """Kills: a state without the moments, the sums, the losses, the place in the epoch or the dropout's seed; an update
+    that is lost or learnt twice; a signal that is not looked for, or that ends the run before the state is there."""
+    arguments = ["--dataset", rows, *LONG[:-1], "--gradient-accumulation-steps=2", "--save-steps=1000"]
     run(monkeypatch, model_folder, tmp_path / "whole", *arguments)
-    calls = []
+    learnt = []
 
-    def dies_in_the_second_epoch(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return score(*arguments)
+    def stops(update, *others):
+        learnt.append(update)
+        if len(learnt) == at:
+            signal.raise_signal(number)
+        return rate(update, *others)
 
-    score = train.epoch_metrics
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "epoch_metrics", dies_in_the_second_epoch)
-        run(patch, model_folder, tmp_path / "killed", *arguments)
-    run(monkeypatch, model_folder, tmp_path / "killed", *arguments, "--resume")
-    for file in (*FILES, "checkpoints/epoch_3.safetensors"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), file
-    with pytest.raises(UserError, match="lora_dropout"):
-        run(monkeypatch, model_folder, tmp_path / "killed", *arguments[:3], "--learning-rate=0.005", "--resume")
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", stops)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, model_folder, tmp_path / "stopped", *arguments)
+    assert exit.value.code == status and "--resume" in capsys.readouterr().out
+    assert signal.getsignal(number) == before  # a second one acts at once
+    run(monkeypatch, model_folder, tmp_path / "stopped", *arguments, "--resume")
+    assert learnt == [update for update in range(1 + learnt[-1]) for _ in range(2)]
+    same_files(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_resume_with_other_arguments_rows_or_model_is_refused_by_name(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: an argument that is not compared, other rows under the same name, another model in the same folder."""
+    arguments = ["--dataset", rows, "--epochs=1"]
+    run(monkeypatch, model_folder, tmp_path / "run", *arguments)
+    with pytest.raises(UserError, match=r"arguments\.lora_dropout"):
+        run(monkeypatch, model_folder, tmp_path / "run", *arguments, "--lora-dropout=0.1", "--resume")
+    text = Path(rows).read_text()
+    Path(rows).write_text(text.replace("safe safe", "safe"))
+    with pytest.raises(UserError, match=r"rows\.train"):
+        run(monkeypatch, model_folder, tmp_path / "run", *arguments, "--resume")
+    Path(rows).write_text(text)
+    other = make_model()
+    torch.nn.init.constant_(other.model.norm.weight, 2)
+    other.save_pretrained(model_folder)
+    with pytest.raises(UserError, match=r"base_fingerprint\.norms"):
+        run(monkeypatch, model_folder, tmp_path / "run", *arguments, "--resume")
+
+
+def train_and_exit(*arguments):
+    sys.argv = ["train.py", *map(str, arguments)]
+    train.main()
+
+
+def test_twenty_kills_at_random_moments_change_no_byte(model_folder, rows, tmp_path):
+    """Kills: files that appear in parts, a state that is not of one moment, a run that cannot begin anew."""
+    processes = multiprocessing.get_context("forkserver")
+    # Or every process would import them for seconds.
+    processes.set_forkserver_preload(["test_train", "transformers.models.llama.modeling_llama"])
+
+    def start(output):
+        resume = ["--resume"] * (output / "config.json").exists()
+        process = processes.Process(
+            target=train_and_exit, args=(model_folder, output, "--dataset", rows, *LONG, *resume)
+        )
+        process.start()
+        return process
+
+    start(tmp_path / "warm").join()
+    started = time.perf_counter()
+    start(tmp_path / "whole").join()
+    duration, moments = time.perf_counter() - started, random.Random(0)
+    kills = 0
+    while kills < 20:
+        output = tmp_path / f"killed {kills}"
+        process = start(output)
+        process.join(moments.uniform(0, duration))
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+        resumed = start(output)
+        resumed.join()
+        assert resumed.exitcode == 0
+        for left in output.rglob("*.tmp"):  # of the one that was killed
+            left.unlink()
+        same_files(tmp_path / "whole", output)
+        shutil.rmtree(output)
+
+
+def test_a_full_disk_is_said_and_costs_nothing_that_was_saved(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: a file written in its place, a part that is left behind, a message that does not name the file."""
+    arguments = ["--dataset", rows, *LONG]
+    run(monkeypatch, model_folder, tmp_path / "whole", *arguments)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(train, "epoch_metrics", None)  # ends the run where its first epoch does
+        run(patch, model_folder, tmp_path / "run", *arguments)
+    saved = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*: File too large"):
+            run(monkeypatch, model_folder, tmp_path / "run", *arguments, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert saved == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    run(monkeypatch, model_folder, tmp_path / "run", *arguments, "--resume")
+    same_files(tmp_path / "whole", tmp_path / "run")
 
 
 def test_loss_by_hand():

@@ -7,9 +7,12 @@ One plain loop with accelerate, from top to bottom; `accelerate launch train.py 
 
 import argparse
 import csv
+import hashlib
 import io
 import itertools
 import json
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -61,10 +64,12 @@ def parse_arguments():
     add("--seed", type=int, default=0)
     cache = "keep the chat path's caches here, for later epochs and runs; 23 KB a token for the embedded model"
     add("--cache-dir", type=Path, help=cache)
-    add("--resume", action="store_true", help="go on with the run in output_dir after its last whole epoch")
+    add("--save-steps", type=int, default=100, help="updates after which a state to go on from is saved, in an epoch")
+    add("--resume", action="store_true", help="go on with the run in output_dir where its last saved state was")
     add("--report-to", choices=[tracker.value for tracker in LoggerType], help="one of accelerate's trackers")
     args = parser.parse_args()
-    for name in ("epochs", "per_device_batch_size", "gradient_accumulation_steps", "eval_batch_size", "learning_rate"):
+    counts = ("epochs", "per_device_batch_size", "gradient_accumulation_steps", "eval_batch_size", "save_steps")
+    for name in (*counts, "learning_rate"):
         if not 0 < getattr(args, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must be above 0")
     if args.max_fpr is not None and not 0 <= args.max_fpr < 1:
@@ -103,7 +108,8 @@ def main():
     dtype = str(chat_model.dtype).removeprefix("torch.")
     config = {"base_model": args.hf_model_id, "dtype": dtype, **guard.settings}
     config |= {"threshold": 0.5, "prompt_threshold": NEVER.prompt, "calibration": guard.calibration}
-    places = ("output_dir", "cache_dir", "resume")
+    config["rows"] = {split: digest(rows[split]) for split in SPLITS}
+    places = ("output_dir", "cache_dir", "resume", "save_steps")
     config["arguments"] = {name: value for name, value in vars(args).items() if name not in places}
     state = open_output(output, config, args.resume)
     accelerator.wait_for_everyone()  # or a slower process would find the files of this run in its way
@@ -133,9 +139,14 @@ def main():
 
     parameters = list(trainable(guard).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
-    if args.resume:
-        guard.load_adapter(output / f"checkpoints/epoch_{state['epoch']}.safetensors")
+    sums = torch.zeros(len(lengths), targets["train"].shape[1] + 1)  # of an epoch's logits for each row, and how many
+    if state["update"]:
+        with torch.no_grad():
+            for name, parameter in guard.adapter().items():
+                parameter.copy_(state["adapter"][name])
         optimizer.load_state_dict(state["optimizer"])
+        if accelerator.is_main_process:
+            sums = state["sums"]
     model, optimizer = accelerator.prepare(guard, optimizer)
     guard.use_fast_dtype()
     if accelerator.is_main_process:
@@ -147,9 +158,10 @@ def main():
 
     batches_per_update = accelerator.num_processes * steps
     updates = -(-len(lengths) // (args.per_device_batch_size * batches_per_update))  # in an epoch
-    for epoch in range(state["epoch"] + 1, args.epochs + 1):
-        # An epoch's order and dropout follow from the seed and its number alone, so that it can be run again.
-        set_seed(args.seed + epoch, device_specific=True)
+    stops = stop_signals()
+    for epoch in range(state["update"] // updates + 1, args.epochs + 1):
+        # An epoch's order follows from the seed and its number alone, and an update's dropout from the seed and the
+        # update's, so that any of them can be run again.
         generator = torch.Generator().manual_seed(args.seed + epoch)
         # About half of the answers are cut at a random token, and every eleventh before its first: a running verdict
         # is about an answer that is not finished, and the first one about a prompt alone.
@@ -157,11 +169,17 @@ def main():
         ends = (starts + ((lengths - starts) * shares).ceil()).long().tolist()
         batches = epoch_batches(ends, args.per_device_batch_size, batches_per_update, generator)
         batches = batches[accelerator.process_index :: accelerator.num_processes]
-        bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=not accelerator.is_main_process)
-        logit_sum, times = torch.zeros_like(targets["train"]), torch.zeros(len(lengths), 1)
-        update, loss_sum, tokens, started = (epoch - 1) * updates, 0.0, 0, time.perf_counter()
+        update = state["update"]
+        there = (update - (epoch - 1) * updates) * steps  # batches that were learnt before this process began
+        quiet = {"disable": not accelerator.is_main_process}
+        bar = tqdm(batches[there:], f"epoch {epoch}/{args.epochs}", len(batches), initial=there, **quiet)
+        if not there:
+            sums.zero_()
+        loss_sum, tokens, started = 0.0, 0, time.perf_counter()
         model.train()
-        for batch in bar:
+        for number, batch in enumerate(bar):
+            if number % steps == 0:
+                set_seed(args.seed + update, device_specific=True)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(update, args.epochs * updates, args.learning_rate)
             with accelerator.accumulate(model):
@@ -173,18 +191,27 @@ def main():
                     accelerator.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            logit_sum.index_add_(0, torch.tensor(batch), logits.detach().float().cpu())
-            times.index_add_(0, torch.tensor(batch), torch.ones(len(batch), 1))
+            judged = F.pad(logits.detach().float().cpu(), (0, 1), value=1)
+            sums.index_add_(0, torch.tensor(batch), judged)
             tokens += sum(ends[row] for row in batch) * accelerator.num_processes
             loss_sum += loss.detach() / steps
             if accelerator.sync_gradients:
-                update, loss, loss_sum = update + 1, accelerator.reduce(loss_sum, "mean").item(), 0.0
+                # Whether to stop is asked of all processes, for they have to stop at the same update.
+                found = torch.stack([loss_sum, torch.full_like(loss_sum, max(stops, default=0))])
+                (loss, stop), loss_sum = accelerator.reduce(found, "mean").tolist(), 0.0
+                state["update"] = update = update + 1
                 state["losses"].append({"update": update, "epoch": epoch, "loss": loss})
                 accelerator.log({"loss": loss}, step=update)
                 bar.set_postfix_str(f"loss {loss:.3f}, {tokens / (time.perf_counter() - started):.0f} tokens/s")
+                if update % updates and (stop or update % args.save_steps == 0):
+                    save_state(accelerator, output, guard, optimizer, state, sums)
+                    if stop:
+                        accelerator.print(f"stopped after update {update}, which is saved: go on with --resume")
+                        sys.exit(128 + max(stops, default=signal.SIGTERM))
 
         # The train split is scored by the passes that it was learnt in: passes of their own would double the time.
-        logits = {"train": add_up(accelerator, logit_sum) / add_up(accelerator, times)}
+        total = add_up(accelerator, sums)
+        logits = {"train": total[:, :-1] / total[:, -1:]}
         for split in SPLITS[1:]:
             logits[split] = torch.zeros_like(targets[split])
             mine = range(accelerator.process_index, len(logits[split]), accelerator.num_processes)
@@ -198,8 +225,8 @@ def main():
             state["best_auprc"] = row["validation/auprc"]
             config |= {name: row[name] for name in ("threshold", "prompt_threshold")} | {"calibration": calibration}
         if accelerator.is_main_process:
-            state |= {"epoch": epoch, "optimizer": optimizer.optimizer.state_dict()}
             save_epoch(output, guard, state, config, is_best)
+        save_state(accelerator, output, guard, optimizer, state, sums)  # last, when the other files are there
         figures = (f"{s} AUPRC {row[f'{s}/auprc']:.3f} F1 {row[f'{s}/f1']:.3f}" for s in SPLITS)
         accelerator.print(f"epoch {epoch}: {', '.join(figures)}")
     accelerator.end_training()
@@ -283,25 +310,56 @@ def parameter_counts(guard):
 
 def open_output(output, config, resume):
     """The state of the run that is to go on, or that of a new run. Raises UserError where neither can be had."""
+    state, path = {"update": 0, "best_auprc": -1.0, "losses": [], "metrics": []}, output / "checkpoints/state.pt"
     if not resume:
         if (output / "config.json").exists():
             raise UserError(f"{output} holds another run: name another folder, or go on with that run by --resume")
-        return {"epoch": 0, "best_auprc": -1.0, "losses": [], "metrics": []}
+        return state
     try:
         saved = json.loads((output / "config.json").read_text())
-        state = torch.load(output / "checkpoints/state.pt", map_location="cpu", weights_only=True)
-        saved_arguments = dict(saved["arguments"])
+        if path.exists():  # or the run was killed before it had learnt anything worth keeping
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        parts = [(part, saved[part], config[part]) for part in ("base_fingerprint", "rows", "arguments")]
+        differing = [f"{part}.{name}" for part, old, new in parts for name in new if old.get(name) != new[name]]
         config |= {name: saved[name] for name in ("threshold", "prompt_threshold", "calibration")}
     except Exception as error:  # missing and damaged files raise classes of three libraries
-        raise UserError(f"{output} holds no whole epoch to go on from: {first_line(error)}") from error
-    if differing := [name for name, value in config["arguments"].items() if saved_arguments.get(name) != value]:
-        raise UserError(f"the run in {output} was started with other arguments; what differs: {', '.join(differing)}")
+        raise UserError(f"{output} holds no run to go on with: {first_line(error)}") from error
+    if differing:
+        raise UserError(f"the run in {output} was started otherwise; what differs: {', '.join(differing)}")
     return state
 
 
+def digest(rows):
+    """What tells the rows of a split, in their order, from others."""
+    known = [[row[name] for name in ("prompt", "response", "category", "is_safe")] for row in rows]
+    return f"{len(rows)}, sha256 {hashlib.sha256(json.dumps(known).encode()).hexdigest()}"
+
+
+def stop_signals():
+    """A list to which Ctrl-C and SIGTERM add their numbers from now on; the second of a kind acts as it always did."""
+    caught = []
+
+    def catch(number, _):
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    return caught
+
+
+def save_state(accelerator, output, guard, optimizer, state, sums):
+    """Write all that --resume needs, in one file, so that it is of one update."""
+    sums = add_up(accelerator, sums)
+    if accelerator.is_main_process:
+        adapter = {name: parameter.detach().cpu() for name, parameter in guard.adapter().items()}
+        buffer = io.BytesIO()
+        torch.save(state | {"adapter": adapter, "optimizer": optimizer.optimizer.state_dict(), "sums": sums}, buffer)
+        write_whole(output / "checkpoints/state.pt", buffer.getvalue())
+
+
 def save_epoch(output, guard, state, config, is_best):
-    """Write the files of an epoch; the state that --resume needs comes last, when the others are there."""
-    guard.save_adapter(output / f"checkpoints/epoch_{state['epoch']}.safetensors")
+    """Write the files of an epoch for those who use them."""
+    guard.save_adapter(output / f"checkpoints/epoch_{len(state['metrics'])}.safetensors")
     if is_best:
         guard.save_adapter(output / "adapter.safetensors")
         write_json(output / "config.json", config)
@@ -311,9 +369,6 @@ def save_epoch(output, guard, state, config, is_best):
         writer.writeheader()
         writer.writerows(rows)
         write_whole(output / name, text.getvalue().encode())
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_whole(output / "checkpoints/state.pt", buffer.getvalue())
 
 
 def write_json(path, content):
