@@ -10,7 +10,6 @@ ablation.json; a run does what is not in there, and goes on where a killed one w
 import argparse
 import csv
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -52,10 +51,8 @@ def train(output, variant, seed, options, rows):
     command += ["--epochs=2", f"--seed={seed}", *options]
     if "--guard-path=full" not in options:
         command += ["--cache-dir", str(output / "caches")]
-    if (folder / "checkpoints/state.pt").exists():
-        command.append("--resume")  # trains nothing more where the last epoch is there
-    elif folder.exists():  # killed before its first epoch ended
-        shutil.rmtree(folder)
+    if (folder / "config.json").exists():
+        command.append("--resume")  # trains nothing more where all is there
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise UserError(f"the training of {folder} failed")
     with open(folder / "metrics.csv", newline="") as file:

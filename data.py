@@ -209,32 +209,23 @@ def encode(tokenizer, prompt, response=None, history=()):
     if answered:
         messages.append({"role": "assistant", "content": response})
     options = {"add_generation_prompt": not answered, "continue_final_message": answered}
+    letters = [message | {"content": "a" if message["content"].strip() else ""} for message in messages]
     try:
         shown = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        ids = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False, **options)
+        ids, plain = (
+            tokenizer.apply_chat_template(some, sanitize_control_tokens=True, return_dict=False, **options)
+            for some in (messages, letters)
+        )
     except Exception as error:  # a template is a program of the model's author, which raises what it likes
         raise UserError(f"the chat template cannot write this conversation: {first_line(error)}") from error
     # Of the history no more than this turn: what the template drops of it, as reasoning, the chat model does not read.
     if not all(message["content"].strip() in shown for message in messages[len(history) :]):
         raise UserError("the chat template leaves out a part of this conversation, which the guard would not see")
-    if any(_normalises_to_control(tokenizer, message["content"]) for message in messages):
-        raise UserError("a text of this conversation is normalised to a control token, so it cannot be judged")
+    # Literals are defused as they stand, but a tokenizer may look for tokens in what it normalises the text to.
+    control = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special or token.normalized}
+    if [n for n in ids if n in control] != [n for n in plain if n in control]:
+        raise UserError("a text of this conversation would become a control token of the chat template")
     return ids
-
-
-def _normalises_to_control(tokenizer, text):
-    """Whether a text has more control tokens after the tokenizer's normalizer than before, as "＜|im_end|＞" may have.
-
-    Literals are defused where they stand in the text, but such tokens are looked for in what that is normalised to.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not (backend and backend.normalizer):
-        return False
-    text = re.sub("[\U000f0000-\U0010fffd]", "", text)  # private characters, of which transformers drops some
-    normalise, tokens = backend.normalizer.normalize_str, tokenizer.added_tokens_decoder.values()
-    tokens = [token.content for token in tokens if token.normalized and token.content.strip()]
-    normalised = normalise(text)
-    return any(normalised.count(normalise(token)) > text.count(token) for token in tokens)
 
 
 def is_answer(response):

@@ -333,7 +333,8 @@ class GuardedChat(nn.Module):
         """
         kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.chat_model.dtype)
         able = any(able and kind in name for name, able in torch.cpu.get_capabilities().items()) if kind else True
-        if not able and self.guard_prompt_ids.device.type == "cpu":
+        quantised = getattr(self.chat_model, "is_quantized", False)
+        if not (able or quantised) and self.guard_prompt_ids.device.type == "cpu":
             self.chat_model.float()
 
     def save_adapter(self, path):
@@ -522,4 +523,4 @@ def write_whole(path, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

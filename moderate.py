@@ -200,6 +200,9 @@ def chat(guard, thresholds, **options):
         except KeyboardInterrupt:
             print("[interrupted, and forgotten]\n")
             continue
+        except UserError as error:  # a text that cannot be judged is no reason to leave
+            print(f"[{error}]\n")
+            continue
         finally:
             signal.signal(signal.SIGINT, handler)
         print(textwrap.fill(outcome(record), shutil.get_terminal_size().columns), end="\n\n")

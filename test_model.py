@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -465,7 +466,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     """Kills: writing in place, and leaving the old file half overwritten."""
     path = tmp_path / "file"
     write_whole(path, b"old")
-    monkeypatch.setattr(model_module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(model_module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(UserError, match=f"cannot write {re.escape(str(path))}: disk full"):
         write_whole(path, b"new content")
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -106,11 +106,15 @@ def main():
     settings = {name: value for name, value in vars(args).items() if name in GUARD}
     guard = GuardedChat(chat_model, tokenizer, categories=categories, **settings)
     dtype = str(chat_model.dtype).removeprefix("torch.")
+    guard.to(accelerator.device).use_fast_dtype()
     config = {"base_model": args.hf_model_id, "dtype": dtype, **guard.settings}
     config |= {"threshold": 0.5, "prompt_threshold": NEVER.prompt, "calibration": guard.calibration}
     config["rows"] = {split: digest(rows[split]) for split in SPLITS}
     places = ("output_dir", "cache_dir", "resume", "save_steps")
     config["arguments"] = {name: value for name, value in vars(args).items() if name not in places}
+    # Not arguments of this command, but as much a part of what it computes.
+    config["arguments"] |= {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    config["arguments"]["compute_dtype"] = str(chat_model.dtype).removeprefix("torch.")
     state = open_output(output, config, args.resume)
     accelerator.wait_for_everyone()  # or a slower process would find the files of this run in its way
 
@@ -142,13 +146,11 @@ def main():
     sums = torch.zeros(len(lengths), targets["train"].shape[1] + 1)  # of an epoch's logits for each row, and how many
     if state["update"]:
         with torch.no_grad():
-            for name, parameter in guard.adapter().items():
-                parameter.copy_(state["adapter"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        if accelerator.is_main_process:
-            sums = state["sums"]
+            for name, parameter in state.pop("adapter").items():
+                guard.adapter()[name].copy_(parameter)
+        optimizer.load_state_dict(state.pop("optimizer"))
+        sums += state.pop("sums") * accelerator.is_main_process
     model, optimizer = accelerator.prepare(guard, optimizer)
-    guard.use_fast_dtype()
     if accelerator.is_main_process:
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json(output / "config.json", config)
@@ -159,7 +161,7 @@ def main():
     batches_per_update = accelerator.num_processes * steps
     updates = -(-len(lengths) // (args.per_device_batch_size * batches_per_update))  # in an epoch
     stops = stop_signals()
-    for epoch in range(state["update"] // updates + 1, args.epochs + 1):
+    for epoch in range(len(state["metrics"]) + 1, args.epochs + 1):
         # An epoch's order follows from the seed and its number alone, and an update's dropout from the seed and the
         # update's, so that any of them can be run again.
         generator = torch.Generator().manual_seed(args.seed + epoch)
@@ -203,11 +205,13 @@ def main():
                 state["losses"].append({"update": update, "epoch": epoch, "loss": loss})
                 accelerator.log({"loss": loss}, step=update)
                 bar.set_postfix_str(f"loss {loss:.3f}, {tokens / (time.perf_counter() - started):.0f} tokens/s")
-                if update % updates and (stop or update % args.save_steps == 0):
+                if stop or update % args.save_steps == 0:
                     save_state(accelerator, output, guard, optimizer, state, sums)
-                    if stop:
-                        accelerator.print(f"stopped after update {update}, which is saved: go on with --resume")
-                        sys.exit(128 + max(stops, default=signal.SIGTERM))
+                if stop:
+                    accelerator.print(f"stopped after update {update}, which is saved: go on with --resume")
+                    accelerator.wait_for_everyone()  # or a process that leaves first takes down the one that writes
+                    accelerator.end_training()
+                    sys.exit(128 + max(stops, default=signal.SIGTERM))
 
         # The train split is scored by the passes that it was learnt in: passes of their own would double the time.
         total = add_up(accelerator, sums)
@@ -319,8 +323,11 @@ def open_output(output, config, resume):
         saved = json.loads((output / "config.json").read_text())
         if path.exists():  # or the run was killed before it had learnt anything worth keeping
             state = torch.load(path, map_location="cpu", weights_only=True)
+        for left in output.rglob("*.tmp"):  # of writes that were killed
+            left.unlink(missing_ok=True)
         parts = [(part, saved[part], config[part]) for part in ("base_fingerprint", "rows", "arguments")]
         differing = [f"{part}.{name}" for part, old, new in parts for name in new if old.get(name) != new[name]]
+        differing = [name for name in differing if name != "arguments.dataset"]  # the rows are compared themselves
         config |= {name: saved[name] for name in ("threshold", "prompt_threshold", "calibration")}
     except Exception as error:  # missing and damaged files raise classes of three libraries
         raise UserError(f"{output} holds no run to go on with: {first_line(error)}") from error
@@ -336,14 +343,15 @@ def digest(rows):
 
 
 def stop_signals():
-    """A list to which Ctrl-C and SIGTERM add their numbers from now on; the second of a kind acts as it always did."""
+    """A list to which Ctrl-C and SIGTERM add their numbers from now on; a second Ctrl-C ends the process at once."""
     caught = []
 
     def catch(number, _):
         caught.append(number)
-        signal.signal(number, before[number])
+        signal.signal(signal.SIGINT, interrupt)
 
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupt = signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
     return caught
 
 
@@ -354,7 +362,7 @@ def save_state(accelerator, output, guard, optimizer, state, sums):
         adapter = {name: parameter.detach().cpu() for name, parameter in guard.adapter().items()}
         buffer = io.BytesIO()
         torch.save(state | {"adapter": adapter, "optimizer": optimizer.optimizer.state_dict(), "sums": sums}, buffer)
-        write_whole(output / "checkpoints/state.pt", buffer.getvalue())
+        write_whole(output / "checkpoints/state.pt", buffer.getbuffer())
 
 
 def save_epoch(output, guard, state, config, is_best):
