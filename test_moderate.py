@@ -72,6 +72,28 @@ def test_a_given_pair_is_scored_and_nothing_generated(files, monkeypatch, capsys
     assert record["verdicts"] == [[count, record["response_unsafe_probability"]]]
 
 
+def test_what_is_only_judged_is_computed_in_the_fast_dtype_and_what_is_generated_is_not(
+    files, tmp_path, monkeypatch, capsys
+):
+    """Kills: a file or a pair in a dtype that is slow there, a chat model that answers in another than its own."""
+    config = Path(files[0])
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    dtypes, forward = [], GuardedChat._head
+
+    def head(guard, hidden):
+        dtypes.append(hidden.dtype)
+        return forward(guard, hidden)
+
+    monkeypatch.setattr(GuardedChat, "_head", head)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    judged = ("--prompt=hi", "--response=you"), ("--input", tmp_path / "rows.jsonl", "--output", tmp_path / "out.jsonl")
+    for options, dtype in (*((options, torch.float32) for options in judged), (("--prompt=hi",), torch.bfloat16)):
+        dtypes.clear()
+        run(monkeypatch, capsys, *files, *options)
+        assert set(dtypes) == {dtype}, options
+
+
 def test_one_turn_is_generated_and_judged_as_it_grows(files, monkeypatch, capsys):
     """Kills: an option that does not arrive, an answer not the chat model's own, the prompt among the verdicts."""
     guard, plain = make_guard(), make_guard(trained=False)

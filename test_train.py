@@ -360,6 +360,24 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_saved(model_folder, rows
     same_files(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.parametrize(("able", "dtype"), [(False, "float32"), (True, "bfloat16")])
+def test_training_computes_in_the_fast_dtype(able, dtype, model_folder, rows, tmp_path, monkeypatch):
+    """Kills: 16 bits without instructions for them or never, a config that names another dtype of the model."""
+    make_model().to(torch.bfloat16).save_pretrained(model_folder)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    dtypes, forward = set(), GuardedChat._head
+
+    def head(guard, hidden):
+        dtypes.add(str(hidden.dtype))
+        return forward(guard, hidden)
+
+    monkeypatch.setattr(GuardedChat, "_head", head)
+    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, "--epochs=1")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert dtypes == {f"torch.{dtype}"} and config["arguments"]["compute_dtype"] == dtype
+    assert config["dtype"] == "bfloat16"
+
+
 def test_loss_by_hand():
     """Kills: a wrong share of the two terms, a weight on the negatives, a mean over known labels only."""
     logits, weight = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.0, 0.0]]), torch.tensor([2.0, 3.0, 4.0])
