@@ -323,6 +323,6 @@ def test_nothing_to_evaluate_on_is_refused(result):
 def test_an_evaluation_is_computed_in_the_fast_dtype(result, monkeypatch):
     """Kills: 16 bits on a processor without instructions for them."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    result.guard.to(torch.bfloat16)
+    result.guard.chat_model.to(torch.bfloat16)
     result(ROWS)
     assert result.guard.chat_model.dtype == torch.float32
