@@ -271,6 +271,7 @@ def test_a_death_at_any_write_changes_no_byte(function, model_folder, rows, tmp_
 
         with monkeypatch.context() as patch:
             patch.setattr(os, function, dies)
+            patch.setattr(os, "getpid", lambda: 7)  # the one that goes on will have another
             try:
                 run(patch, model_folder, output, *arguments)
             except Death:
@@ -278,6 +279,8 @@ def test_a_death_at_any_write_changes_no_byte(function, model_folder, rows, tmp_
             else:
                 break
         resume = ["--resume"] * (output / "config.json").exists()
+        if not resume:  # a run that never began, in a folder that may be somebody else's
+            (output / "config.json.7.tmp").unlink(missing_ok=True)
         run(monkeypatch, model_folder, output, *arguments, *resume)
         same_files(tmp_path / "whole", output)
     assert last > 15
@@ -333,6 +336,8 @@ def test_twenty_kills_at_random_moments_change_no_byte(model_folder, rows, tmp_p
             process.kill()
             kills += 1
         process.join()
+        if not (output / "config.json").exists():  # as above
+            shutil.rmtree(output, ignore_errors=True)
         resumed = start(output)
         resumed.join()
         assert resumed.exitcode == 0

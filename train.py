@@ -323,7 +323,7 @@ def open_output(output, config, resume):
         saved = json.loads((output / "config.json").read_text())
         if path.exists():  # or the run was killed before it had learnt anything worth keeping
             state = torch.load(path, map_location="cpu", weights_only=True)
-        for left in output.rglob("*.tmp"):  # of writes that were killed
+        for left in output.rglob("*.[0-9]*.tmp"):  # of writes that were killed
             left.unlink(missing_ok=True)
         parts = [(part, saved[part], config[part]) for part in ("base_fingerprint", "rows", "arguments")]
         differing = [f"{part}.{name}" for part, old, new in parts for name in new if old.get(name) != new[name]]
