@@ -145,9 +145,10 @@ def main():
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
     sums = torch.zeros(len(lengths), targets["train"].shape[1] + 1)  # of an epoch's logits for each row, and how many
     if state["update"]:
+        learnt = state.pop("adapter")
         with torch.no_grad():
-            for name, parameter in state.pop("adapter").items():
-                guard.adapter()[name].copy_(parameter)
+            for name, parameter in guard.adapter().items():
+                parameter.copy_(learnt[name])
         optimizer.load_state_dict(state.pop("optimizer"))
         sums += state.pop("sums") * accelerator.is_main_process
     model, optimizer = accelerator.prepare(guard, optimizer)
@@ -173,8 +174,8 @@ def main():
         batches = batches[accelerator.process_index :: accelerator.num_processes]
         update = state["update"]
         there = (update - (epoch - 1) * updates) * steps  # batches that were learnt before this process began
-        quiet = {"disable": not accelerator.is_main_process}
-        bar = tqdm(batches[there:], f"epoch {epoch}/{args.epochs}", len(batches), initial=there, **quiet)
+        quiet = not accelerator.is_main_process
+        bar = tqdm(batches[there:], f"epoch {epoch}/{args.epochs}", len(batches), initial=there, disable=quiet)
         if not there:
             sums.zero_()
         loss_sum, tokens, started = 0.0, 0, time.perf_counter()
@@ -323,8 +324,6 @@ def open_output(output, config, resume):
         saved = json.loads((output / "config.json").read_text())
         if path.exists():  # or the run was killed before it had learnt anything worth keeping
             state = torch.load(path, map_location="cpu", weights_only=True)
-        for left in output.rglob("*.[0-9]*.tmp"):  # of writes that were killed
-            left.unlink(missing_ok=True)
         parts = [(part, saved[part], config[part]) for part in ("base_fingerprint", "rows", "arguments")]
         differing = [f"{part}.{name}" for part, old, new in parts for name in new if old.get(name) != new[name]]
         differing = [name for name in differing if name != "arguments.dataset"]  # the rows are compared themselves
@@ -333,6 +332,8 @@ def open_output(output, config, resume):
         raise UserError(f"{output} holds no run to go on with: {first_line(error)}") from error
     if differing:
         raise UserError(f"the run in {output} was started otherwise; what differs: {', '.join(differing)}")
+    for left in output.rglob("*.[0-9]*.tmp"):  # of writes that were killed
+        left.unlink(missing_ok=True)
     return state
 
 
