@@ -9,14 +9,22 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    FalconConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -47,17 +55,24 @@ def make_tokenizer():
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SHAPE | {"num_key_value_heads": 2, "head_dim": 8}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 KINDS = {  # a window of 8 tokens where attention slides
     "llama": (LlamaConfig, GROUPED),
+    "llama2": (LlamaConfig, SHAPE | {"tie_word_embeddings": False}),
+    "qwen2": (Qwen2Config, SHAPE | {"num_key_value_heads": 2}),
     "qwen3": (Qwen3Config, GROUPED),
     "mistral": (MistralConfig, GROUPED | {"sliding_window": 8}),
-    "gemma3": (
-        Gemma3TextConfig,
-        GROUPED | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
+    "gemma2": (Gemma2Config, GROUPED | SLIDING),
+    "gemma3": (Gemma3TextConfig, GROUPED | SLIDING),
     "phi3": (Phi3Config, GROUPED),
-    "gpt_neox": (GPTNeoXConfig, SHAPE),
     "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}),
+    "gpt_neox": (GPTNeoXConfig, SHAPE),
+    "opt": (OPTConfig, SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 16}),
+    "falcon": (FalconConfig, SHAPE),
+    "smollm3": (SmolLM3Config, GROUPED),
+    "olmo2": (Olmo2Config, GROUPED),
+    "starcoder2": (Starcoder2Config, SHAPE | {"num_key_value_heads": 2, "sliding_window": 8}),
+    "mixtral": (MixtralConfig, GROUPED | {"num_local_experts": 4}),
 }
 
 

@@ -3,7 +3,8 @@ the chat model's own template, and grouped into batches of similar length.
 
 A row has `prompt` (text), and may have `response` (text; without it the prompt alone is judged), `category`
 ({name: bool}; without it only the unsafe output learns from the row) and `is_safe` (bool; without it, a row is safe
-when no category is true). BeaverTails (Ji et al., arXiv 2307.04657) has all four.
+when no category is true). BeaverTails (Ji et al., arXiv 2307.04657) has all four. In place of the first two it may have
+`messages`, a conversation whose last turn is judged in the light of those before.
 """
 
 import hashlib
@@ -129,7 +130,9 @@ def _split(name):
 
 
 def prompt_key(row):
-    return row["prompt"].strip().lower()
+    """What makes rows one prompt's: the first thing that the user says, which all turns of a conversation share."""
+    said = [message["content"] for message in row.get("messages") or () if message["role"] == "user"]
+    return (said[0] if said else row["prompt"]).strip().lower()
 
 
 def tenth_of(row):
@@ -137,23 +140,45 @@ def tenth_of(row):
     return int(hashlib.sha256(prompt_key(row).encode()).hexdigest(), 16) % 10
 
 
-def check_text(row, where):
-    """(prompt, response or None) of a row. Raises UserError, naming the place `where`, if they are not text."""
-    prompt, response = (row.get("prompt"), row.get("response")) if isinstance(row, dict) else (None, None)
+def conversation(row, where="a row"):
+    """(prompt, response or None, history) of a row, as encode takes them, from its `messages` if it has those.
+
+    Raises UserError, naming the place `where`, if they are not text, or no conversation.
+    """
+    row = row if isinstance(row, dict) else {}
+    prompt, response, history = row.get("prompt"), row.get("response"), []
+    if row.get("messages") is not None:
+        prompt, response, history = _last_turn(row["messages"], where)
+        if row.get("prompt", prompt) not in (None, prompt) or row.get("response", response) not in (None, response):
+            raise UserError(f"{where}: its `prompt` and `response` are not the last turn of its `messages`")
     if not isinstance(prompt, str) or not isinstance(response, str | None):
         raise UserError(f"{where}: a row needs a `prompt` that is text, and a `response` that is text or absent")
-    if re.search("[\ud800-\udfff]", prompt + (response or "")):
+    if re.search("[\ud800-\udfff]", "".join([prompt, response or "", *(message["content"] for message in history)])):
         raise UserError(f"{where}: half of a surrogate pair is no text")
-    return prompt, response
+    return prompt, response, history
+
+
+def _last_turn(messages, where):
+    try:
+        messages = [{"role": message["role"], "content": message["content"] + ""} for message in messages]
+    except (TypeError, LookupError):
+        messages = []
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
+        form = "[{role, content}, ...]: a system's if there is one, then the user's and the assistant's in turn"
+        raise UserError(f"{where}: `messages` must be {form}")
+    response = messages.pop()["content"] if turns[-1] == "assistant" else None
+    return messages.pop()["content"], response, messages
 
 
 def check_labels(row, where):
     """A row with `prompt`, `response` or None, `category` or None, `is_safe`, and its other columns as they are.
 
-    Raises UserError as check_text does.
+    Raises UserError as `conversation` does.
     """
     row = _in_our_columns(row, where)
-    prompt, response = check_text(row, where)
+    prompt, response, _ = conversation(row, where)
     category, is_safe = row.get("category") or None, row.get("is_safe")
     if isinstance(category, str):  # CSV has no nested columns
         try:
@@ -196,7 +221,7 @@ def labels(rows, names):
 def encode(tokenizer, prompt, response=None, history=()):
     """Token ids of a conversation in the model's own chat template, up to where the answer begins or has got to.
 
-    history: the messages before the prompt, [{"role": "user" or "assistant", "content": text}, ...].
+    history: the messages before the prompt, [{"role": "system", "user" or "assistant", "content": text}, ...].
     The answer is left open (no end-of-turn token behind it), so that a finished answer and one still being written are
     judged in the same form. Control literals in the texts ("<|im_end|>") are encoded as the plain text that they are.
     Raises UserError where the template cannot show the texts whole, or a text would still become a control token.
@@ -218,8 +243,9 @@ def encode(tokenizer, prompt, response=None, history=()):
         )
     except Exception as error:  # a template is a program of the model's author, which raises what it likes
         raise UserError(f"the chat template cannot write this conversation: {first_line(error)}") from error
-    # Of the history no more than this turn: what the template drops of it, as reasoning, the chat model does not read.
-    if not all(message["content"].strip() in shown for message in messages[len(history) :]):
+    # Earlier answers apart: what the template drops of those, as reasoning, the chat model does not read either.
+    to_see = [message for message in messages[:-1] if message["role"] != "assistant"] + messages[-1:]
+    if not all(message["content"].strip() in shown for message in to_see):
         raise UserError("the chat template leaves out a part of this conversation, which the guard would not see")
     # Literals are defused as they stand, but a tokenizer may look for tokens in what it normalises the text to.
     control = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special or token.normalized}

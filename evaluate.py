@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from data import answer_start, encode, evaluation_rows, is_answer, prompt_key
+from data import answer_start, conversation, encode, evaluation_rows, is_answer, prompt_key
 from lora import UserError, first_line, run
 from model import load_guard, probabilities, verdict_fields, write_whole
 
@@ -133,8 +133,9 @@ def running_scores(guard, rows, every):
     """Unsafe probabilities as the answers grow, [[(tokens, probability), ...] for each row], the last on all of it."""
     answers = []
     for row in rows:
-        ids = encode(guard.tokenizer, row["prompt"], row["response"])
-        start = answer_start(encode(guard.tokenizer, row["prompt"]), ids)
+        prompt, response, history = conversation(row)
+        ids = encode(guard.tokenizer, prompt, response, history)
+        start = answer_start(encode(guard.tokenizer, prompt, history=history), ids)
         answers.append([(tokens, ids[: start + tokens]) for tokens in range(every, len(ids) - start, every)])
         answers[-1].append((len(ids) - start, ids))
     logits = guard.score([ids for answer in answers for _, ids in answer])
@@ -198,7 +199,7 @@ def main():
     guard, thresholds = load_guard(args.config, args.adapter, args.device_id, args.threshold)
     guard.use_fast_dtype()
 
-    texts = [encode(guard.tokenizer, row["prompt"], row["response"]) for row in rows]
+    texts = [encode(guard.tokenizer, *conversation(row)) for row in rows]
     scores = probabilities(guard.score(texts), guard.calibration).numpy()  # (N, 1 + K)
     scores = np.nan_to_num(scores, nan=1.0)  # what is no number is flagged
     unsafe = np.array([not row["is_safe"] for row in rows])

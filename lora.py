@@ -9,6 +9,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 import math
 import os
 import sys
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -41,11 +42,13 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-class Gate:
-    """The one switch that all LoRA layers of a model share: shut by default, open only inside `with gate.opened()`."""
+class Gate(threading.local):
+    """The one switch that all LoRA layers of a model share: shut by default, open only inside `with gate.opened()`.
 
-    def __init__(self):
-        self.is_open = False
+    Each thread sees its own: a verdict in one must not open the gate under an answer that another is writing.
+    """
+
+    is_open = False
 
     @contextmanager
     def opened(self):
@@ -81,6 +84,11 @@ class LoRALinear(nn.Module):
             x = self.dropout(x)
         ax = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
         return torch.add(y, F.linear(ax, self.lora_B.to(x.dtype)), alpha=self.scaling)  # (..., out)
+
+    @property
+    def weight(self):
+        """Raises UserError: a model that computes W x itself, past this layer, would never get the update."""
+        raise UserError("this model computes with a LoRA target's weight past the layer: name others by --lora-targets")
 
     def delta(self):
         """The update as a matrix: (alpha / r) B A, shape (out, in), fp32."""

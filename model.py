@@ -130,7 +130,8 @@ class GuardedChat(nn.Module):
         shapes = {tensor.shape for layer in layers for tensor in (layer.keys, layer.values)}
         if len(shapes) != 1 or any(type(layer) is not DynamicLayer for layer in layers):
             raise UserError("the caches of this guard and chat model cannot be kept: leave out the folder for them")
-        frozen = [parameter for parameter in self.chat_model.parameters() if not parameter.requires_grad]
+        # Quantised matrices have a type of their own, and the config says how they were made.
+        frozen = [p for p in self.chat_model.parameters() if not p.requires_grad and type(p) is nn.Parameter]
         some = torch.cat([parameter.detach().flatten()[:64].float().cpu() for parameter in frozen]).numpy().tobytes()
         digest = hashlib.sha256(some + self.chat_model.config.to_json_string().encode()).hexdigest()[:16]
         self.cache_dir = Path(folder) / digest
@@ -347,15 +348,10 @@ class GuardedChat(nn.Module):
     def load_adapter(self, path):
         """Read what save_adapter wrote. Raises UserError, and changes nothing, unless every field and tensor fits."""
         wanted = {name: list(parameter.shape) for name, parameter in self.adapter().items()}
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("lora_guard", "{}"))
-                found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-                wrong = [name for name, value in self.settings.items() if header.get(name) != value]
-                wrong += [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
-                tensors = {} if wrong else {name: file.get_tensor(name) for name in wanted}
-        except (OSError, safetensors.SafetensorError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot read the adapter {path}: {first_line(error)}") from error
+        with _adapter_file(path, self.settings) as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            wrong = [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
+            tensors = {} if wrong else {name: file.get_tensor(name) for name in wanted}
         if wrong:
             raise UserError(f"{path} belongs to another guard or chat model; what differs: {_some(wrong)}")
         if wrong := [name for name, t in tensors.items() if not (t.is_floating_point() and t.isfinite().all())]:
@@ -363,6 +359,21 @@ class GuardedChat(nn.Module):
         with torch.no_grad():
             for name, parameter in self.adapter().items():
                 parameter.copy_(tensors[name])
+
+
+@contextlib.contextmanager
+def _adapter_file(path, settings):
+    """An adapter file, open to be read. Raises UserError if it is damaged, or its header differs from `settings`."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("lora_guard", "{}"))
+            if wrong := [name for name, value in settings.items() if header.get(name) != value]:
+                raise UserError(f"{path} belongs to another guard or chat model; what differs: {_some(wrong)}")
+            yield file
+    except UserError:
+        raise
+    except (OSError, safetensors.SafetensorError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot read the adapter {path}: {first_line(error)}") from error
 
 
 def _some(names, shown=3):
@@ -451,8 +462,9 @@ def load_chat_model(name, dtype=None):
         options = {"dtype": dtype or "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
         source, file = path.parent, {"gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **file)
-        model = AutoModelForCausalLM.from_pretrained(source, **file, **options)
+        # Code that came with a model is never run: by default it would be asked for on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **file)
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **file, **options)
     except Exception as error:  # missing, unreachable and damaged models raise classes of four libraries
         advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for what was downloaded before"
         raise UserError(f"cannot load the chat model {name!r} ({first_line(error)}); {advice}") from error
@@ -476,6 +488,8 @@ def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=No
         thresholds = Thresholds(*map(float, given))
         if any(map(math.isnan, thresholds)):
             raise UserError("the threshold is not a number, so nothing would ever be flagged")
+        with _adapter_file(adapter_path, {name: config[name] for name in GUARD}):
+            pass  # a wrong file is refused before the chat model is read
         chat_model, tokenizer = load_chat_model(config["base_model"], config["dtype"])
         guard = GuardedChat(chat_model, tokenizer, **{name: config[name] for name in GUARD})
         shift, temperature = calibration = torch.tensor([config["calibration"][name] for name in guard.calibration])

@@ -104,7 +104,7 @@ def test_the_skeleton_of_control_ids_follows_from_the_roles_alone(tokenizer, pro
     """Kills: a literal that becomes a control id, ends a turn, or opens one, in any of the texts."""
 
     def history(text):
-        return [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        return [{"role": role, "content": text} for role in ("system", "user", "assistant")]
 
     plain = skeleton(tokenizer, "a", "a" if is_answer(response) else None, history("a"))
     assert skeleton(tokenizer, prompt, response, history(earlier)) == plain

@@ -12,7 +12,7 @@ import torch
 
 import data
 from conftest import CHATML
-from data import encode, epoch_batches, evaluation_rows, labels, load_splits
+from data import conversation, encode, epoch_batches, evaluation_rows, labels, load_splits
 from lora import UserError
 
 NAMES = ["theft", "hate"]
@@ -203,6 +203,43 @@ def test_what_a_row_leaves_out(tmp_path):
     assert values[1:].tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+CONVERSATION = [said("system", "be kind"), said("user", "hi"), said("assistant", "safe"), said("user", "or?")]
+
+
+def test_of_messages_the_last_turn_is_judged_after_those_before(tokenizer, tmp_path):
+    """Kills: a history that is lost or cut, an answer taken for a prompt, a system message that is not read."""
+    answered = [*CONVERSATION, said("assistant", "the answer")]
+    rows = [{"messages": CONVERSATION, "is_safe": True}, {"messages": answered, "is_safe": False}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    for path in (write(tmp_path / "rows.jsonl", rows), tmp_path / "rows.parquet"):
+        prompt, pair = evaluation_rows([path])
+        assert conversation(prompt) == ("or?", None, CONVERSATION[:-1])
+        assert conversation(pair) == ("or?", "the answer", CONVERSATION[:-1])
+        assert evaluation_rows([write(tmp_path / "again.jsonl", [prompt, pair])]) == [prompt, pair]
+    options = {"tokenize": True, "return_dict": False}
+    wanted = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, **options)
+    assert encode(tokenizer, "or?", None, CONVERSATION[:-1]) == wanted
+    wanted = tokenizer.apply_chat_template(answered, continue_final_message=True, **options)
+    assert encode(tokenizer, "or?", "the answer", CONVERSATION[:-1]) == wanted
+
+
+def test_the_turns_of_a_conversation_are_in_one_split(tmp_path):
+    """Kills: a split by the last prompt, which would train on the beginning of what it is measured on."""
+    rows = make_rows(100)
+    for n in range(50):
+        opening = [said("user", f"question {n}"), said("assistant", "a")]
+        rows += [{"messages": [*opening, said("user", f"go on {n}")], "is_safe": bool(n % 2)}]
+    splits, _ = load_splits([write(tmp_path / "rows.jsonl", rows)])
+    openings = [
+        {(row.get("messages") or [said("user", row["prompt"])])[0]["content"] for row in splits[s]} for s in splits
+    ]
+    assert sum(map(len, openings)) == 50 == len(set.union(*openings))
+
+
 BAD_ROWS = {
     "no prompt": {"response": "a", "is_safe": True},
     "null prompt": {"prompt": None, "is_safe": True},
@@ -214,6 +251,21 @@ BAD_ROWS = {
     "category that is no bool": {"prompt": "a", "category": {"theft": "yes", "hate": False}},
     "unknown category": {"prompt": "a", "category": {"theft": True, "hate": False, "greed": True}},
     "missing category": {"prompt": "a", "category": {"theft": True}},
+    "no messages": {"messages": [], "is_safe": True},
+    "text for messages": {"messages": "user: hi", "is_safe": True},
+    "message without content": {"messages": [{"role": "user"}], "is_safe": True},
+    "content in parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "is_safe": True},
+    "system message alone": {"messages": [said("system", "a")], "is_safe": True},
+    "system message later": {"messages": [said("user", "a"), said("system", "b")], "is_safe": True},
+    "answer first": {"messages": [said("assistant", "a")], "is_safe": True},
+    "one user twice": {"messages": [said("user", "a"), said("user", "b")], "is_safe": True},
+    "unknown role": {"messages": [said("user", "a"), said("tool", "b")], "is_safe": True},
+    "messages and another prompt": {"messages": [said("user", "a")], "prompt": "b", "is_safe": True},
+    "messages and another response": {"messages": [said("user", "a")], "response": "b", "is_safe": True},
+    "half a character in the history": {
+        "messages": [said("user", "\ud800"), said("assistant", "b"), said("user", "c")],
+        "is_safe": True,
+    },
 }
 
 
@@ -292,9 +344,15 @@ def test_a_text_that_the_template_drops_is_refused(tokenizer):
     """Kills: judging a conversation that lacks the answer."""
     tokenizer.chat_template = CHATML.replace("message['content']", "message['content'].split('|')[0]")
     assert encode(tokenizer, "hi", "safe")
-    for texts in (("hi|harmful",), ("hi|harmful", "safe"), ("hi", "safe|harmful")):
+    earlier = [said("user", "a|b"), said("assistant", "safe")]
+    for texts in (("hi|harmful",), ("hi|harmful", "safe"), ("hi", "safe|harmful"), ("hi", "safe", earlier)):
         with pytest.raises(UserError, match="chat template"):
             encode(tokenizer, *texts)
+    tokenizer.chat_template = CHATML.replace("{{ '<|im", "{% if message['role'] != 'system' %}{{ '<|im").replace(
+        "{% endfor", "{% endif %}{% endfor"
+    )
+    with pytest.raises(UserError, match="chat template"):
+        encode(tokenizer, "hi", "safe", [said("system", "be kind")])
 
 
 def test_a_control_token_that_the_template_puts_together_is_defused_too(tokenizer):

@@ -1,5 +1,7 @@
 """The LoRA maths. Each test names the mutation of lora.py that it kills."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -118,6 +120,18 @@ def test_gate_returns_to_its_previous_state():
     with pytest.raises(RuntimeError, match="outside"), gate.opened():
         raise RuntimeError("outside")
     assert not gate.is_open
+
+
+def test_each_thread_has_its_own_gate():
+    """Kills: one state for all threads, a thread that begins with the gate of the one that made it."""
+    gate = Gate()
+    with ThreadPoolExecutor(1) as other, gate.opened():
+        assert not other.submit(lambda: gate.is_open).result()
+        inner = gate.opened()
+        other.submit(inner.__enter__).result()
+        assert other.submit(lambda: gate.is_open).result()
+        other.submit(inner.__exit__, None, None, None).result()
+        assert gate.is_open
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["self_attn.o_proj"], ["all-linear"]])

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import pickle
+import random
 import re
 from itertools import pairwise
 
@@ -370,15 +372,75 @@ def test_another_base_of_the_same_shapes_is_refused(saved):
             GuardedChat(model, make_tokenizer(), **settings).load_adapter(saved[2])
 
 
-@pytest.mark.parametrize("length", [0, 1, 7, 8, 200, -1])
-def test_a_truncated_or_random_adapter_is_refused(saved, length):
-    """Kills: an error of another class for a damaged file, which would end in a traceback."""
-    guard, _, adapter = saved
+def claims(header, size=0):
+    """A safetensors file whose header is this, and then `size` bytes."""
+    header = json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(size)
+
+
+def entry(shape, end):
+    return {Q: {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}
+
+
+STRANGE = {
+    "random bytes": [random.Random(seed).randbytes(seed * 37) for seed in range(60)],
+    "one byte many times": [bytes([byte]) * 100 for byte in range(256)],
+    "a header of gigabytes": [(2**size).to_bytes(8, "little") + b"{}" for size in range(5, 63)],
+    "a tensor of gigabytes": [claims(entry([2**16, 2**16], 2**34)), claims(entry([2**62, 2**62], 64), 64)],
+    "a tensor behind the end": [claims(entry([4, 4], 64), 63), claims(entry([4, 4], -1), 64)],
+    "no tensors": [claims({}), claims([]), claims({"__metadata__": {"lora_guard": "[" * 10**5}})],
+    "settings that are none": [claims({"__metadata__": {"lora_guard": text}}) for text in ("", "[]", "3", "null")],
+    "a pickle": [pickle.dumps({Q: 1})],
+}
+
+
+@pytest.mark.parametrize("contents", STRANGE.values(), ids=STRANGE)
+def test_a_strange_adapter_is_refused_at_once(saved, contents, monkeypatch):
+    """Kills: an error of another class, memory for what a header claims, reading the chat model first."""
+    _, config, adapter = saved
+    monkeypatch.setattr(model_module, "load_chat_model", None)
+    for content in contents:
+        adapter.write_bytes(content)
+        with pytest.raises(UserError, match=r"adapter\.safetensors") as error:
+            load_guard(config, adapter)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_an_adapter_that_is_cut_anywhere_is_refused(saved, monkeypatch):
+    """Kills: loading what is left, and an error of another class."""
+    _, config, adapter = saved
     content = adapter.read_bytes()
-    for bad in (content[:length], b"\xff" * 100, b"\x00" * 100):
-        adapter.write_bytes(bad)
-        with pytest.raises(UserError, match="cannot read the adapter"):
-            guard.load_adapter(adapter)
+    monkeypatch.setattr(model_module, "load_chat_model", None)
+    header = 8 + int.from_bytes(content[:8], "little")
+    with open(adapter, "r+b") as file:
+        for length in [*range(len(content) - 1, header, -101), *range(header, -1, -1)]:
+            file.truncate(length)
+            with pytest.raises(UserError, match="cannot read the adapter"):
+                load_guard(config, adapter)
+
+
+def test_a_chat_model_that_is_code_is_refused_and_not_run(saved, tmp_path, monkeypatch):
+    """Kills: trust in the code of a model that a config names, in the terminal's answer, or in a pickle."""
+    _, config, adapter = saved
+    touch = f"open({str(tmp_path / 'was run')!r}, 'w')"
+
+    class Payload:
+        def __reduce__(self):
+            return eval, (touch,)
+
+    strange = tmp_path / "strange"
+    make_tokenizer().save_pretrained(strange)
+    (strange / "code.py").write_text(touch)
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    kinds = [{"model_type": "strange", "auto_map": code}, json.loads(make_model().config.to_json_string())]
+    (strange / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for kind in kinds:
+        (strange / "config.json").write_text(json.dumps(kind))
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model": str(strange)}))
+        with pytest.raises(UserError, match="cannot load the chat model"):
+            load_guard(config, adapter)
+        assert not (tmp_path / "was run").exists()
 
 
 @pytest.mark.parametrize(
@@ -412,12 +474,18 @@ def test_a_damaged_config_is_refused(saved, text):
     ],
 )
 def test_a_config_with_a_wrong_value_is_refused_by_field(saved, field, value):
-    """Kills: settings that are used before they are checked."""
-    _, config, adapter = saved
+    """Kills: settings that are used before they are checked, an adapter that does not say what it was learnt with."""
+    guard, config, adapter = saved
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
     with pytest.raises(UserError) as error:
         load_guard(config, adapter)
-    assert any(name in str(error.value) for name in ("config.json", field.replace("_", " "), "LoRA rank"))
+    assert any(name in str(error.value) for name in ("config.json", field))
+    if field in guard.settings:  # the same in both
+        guard.settings[field] = value
+        guard.save_adapter(adapter)
+        with pytest.raises(UserError) as error:
+            load_guard(config, adapter)
+        assert any(name in str(error.value) for name in ("config.json", field.replace("_", " "), "LoRA rank"))
 
 
 def test_probabilities_are_what_the_calibration_makes_of_the_logits(saved):

@@ -1,5 +1,6 @@
 """The command that people use. Each test names the mutation that it kills."""
 
+import gc
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -212,6 +214,62 @@ def test_an_output_that_would_destroy_the_input_is_refused(tmp_path):
         with pytest.raises(UserError, match="destroy"):
             score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / output, both(0.5))
     assert json.loads((tmp_path / "in.jsonl").read_text()) == ROWS[0]
+
+
+def test_a_file_of_conversations_is_judged_by_their_last_turns(tmp_path):
+    """Kills: a history that is not read, the threshold of answers for a prompt, messages that do not come back."""
+    guard = make_guard()
+    history = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "or"))]
+    rows = [{"messages": [*history, {"role": "user", "content": "and?"}], "id": 1}]
+    rows += [{"messages": [*rows[0]["messages"], {"role": "assistant", "content": "the answer"}]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):  # the second time all rows are there
+        score_file(guard, tmp_path / "in.jsonl", tmp_path / "out.jsonl", Thresholds(2.0, 0.0))
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["flagged"] for row in found] == [False, True]
+    for row, texts in zip(found, [("and?", None, history), ("and?", "the answer", history)], strict=True):
+        assert row["unsafe_probability"] == pytest.approx(probabilities(guard, *texts)[0], abs=1e-6)
+        assert row["unsafe_probability"] != pytest.approx(probabilities(guard, *texts[:2])[0], abs=1e-6)
+    assert [row.get("messages") for row in found] == [row["messages"] for row in rows]
+
+
+def test_two_threads_moderate_with_one_model(monkeypatch):
+    """Kills: one gate for all threads, which a verdict in one opens under the answer of the other."""
+    guard = make_guard()
+    turns = [("how is the bread?", None), ("hi", None), ("or", "the answer is harmful"), ("a", "")] * 10
+
+    def moderate(turn):
+        return moderate_turn(guard, *turn, both(2.0), max_new_tokens=8, verdict_every=2)
+
+    wanted = [moderate(turn) for turn in turns[:4]] * 10
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(moderate, turns))
+    for one, other in zip(found, wanted, strict=True):
+        assert one["response"] == other["response"]
+        assert one["categories"] == pytest.approx(other["categories"], abs=1e-6)
+        assert [p for _, p in one["verdicts"]] == pytest.approx([p for _, p in other["verdicts"]], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_long_life_keeps_nothing():
+    """Kills: caches, verdicts, hooks or files that a turn leaves behind, a gate that stays open."""
+    guard = make_guard()
+
+    def state():
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+        return pages * os.sysconf("SC_PAGE_SIZE"), tensors, len(os.listdir("/proc/self/fd"))
+
+    for turn in range(2001):
+        prompt = ROWS[turn % 3]["prompt"] + "." * (turn % 7)
+        record = moderate_turn(guard, prompt, None, both(2.0), max_new_tokens=3, verdict_every=2)
+        assert record["verdicts"] and not guard.gate.is_open
+        if turn == 200:  # what is made once is there by now
+            memory, tensors, files = state()
+    after = state()
+    assert after[1:] == (tensors, files)
+    assert after[0] - memory < 4 * 2**20
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.05, 0.3, 0.62, 1.0])

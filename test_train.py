@@ -484,6 +484,35 @@ def test_answers_alone_are_learnt_beside_their_pairs(model_folder, rows, tmp_pat
     assert alone == [(row["response"], None, row["category"], row["is_safe"]) for row in splits["train"]]
 
 
+def test_rows_of_messages_are_learnt_as_the_same_rows_of_pairs_are(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: a history that training leaves out or cuts, an answer that is learnt alone with its history."""
+    pairs = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    forward, judged = GuardedChat.forward, []
+
+    def spy(self, conversations, ends=None):
+        if ends:
+            judged.extend(self.tokenizer.decode(ids[:end]) for ids, end in zip(conversations, ends, strict=True))
+        return forward(self, conversations, ends)
+
+    monkeypatch.setattr(GuardedChat, "forward", spy)
+    adapters = []
+    for name in ("pairs", "messages", "later"):
+        given = []
+        for number, pair in enumerate(pairs):
+            turns = [("user", f"hi {number}"), ("assistant", "or")] if name == "later" else []
+            turns += [("user", pair["prompt"]), ("assistant", pair["response"])]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            labels = {"category": pair["category"], "is_safe": pair["is_safe"]}
+            given.append(pair if name == "pairs" else labels | {"messages": messages})
+        judged.clear()
+        options = ["--dataset", write(tmp_path / f"{name}.jsonl", given), "--epochs=1", "--answers-alone"]
+        run(monkeypatch, model_folder, tmp_path / name, *options)
+        adapters.append((tmp_path / name / "adapter.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+    later = [text for text in judged if "hi " in text]  # the others are answers alone
+    assert 50 < len(later) < len(judged) and all("question" in text for text in later)
+
+
 def test_a_false_positive_rate_that_the_user_names_is_kept(model_folder, tmp_path, monkeypatch):
     """Kills: an option that is not read, the rate of another split, a threshold that is not the one of the metrics."""
     alike = [row | {"response": "safe"} for row in make_rows(80)]  # so that the classes overlap

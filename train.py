@@ -23,7 +23,7 @@ from accelerate.utils import LoggerType, set_seed
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from data import BEAVERTAILS, SPLITS, answer_start, encode, epoch_batches, is_answer, labels, load_splits
+from data import BEAVERTAILS, SPLITS, answer_start, conversation, encode, epoch_batches, is_answer, labels, load_splits
 from evaluate import best_threshold, fit_temperature, metrics, threshold_at_fpr
 from lora import UserError, first_line, run, trainable
 from model import EMBEDDED, GUARD, NEVER, GuardedChat, Thresholds, load_chat_model, probabilities, write_whole
@@ -101,7 +101,7 @@ def main():
     rows, categories = load_splits(args.dataset)
     if args.answers_alone:
         answers = [row for row in rows["train"] if is_answer(row["response"])]
-        rows["train"] += [row | {"prompt": row["response"], "response": None} for row in answers]
+        rows["train"] += [row | {"prompt": row["response"], "response": None, "messages": None} for row in answers]
     chat_model, tokenizer = load_chat_model(args.hf_model_id)
     settings = {name: value for name, value in vars(args).items() if name in GUARD}
     guard = GuardedChat(chat_model, tokenizer, categories=categories, **settings)
@@ -122,7 +122,7 @@ def main():
         guard.keep_caches(args.cache_dir)
 
     # Every text is tokenised once; what does not fit the context is left out here, and judged in windows in use.
-    texts = {split: [encode(tokenizer, row["prompt"], row["response"]) for row in rows[split]] for split in SPLITS}
+    texts = {split: [encode(tokenizer, *conversation(row)) for row in rows[split]] for split in SPLITS}
     fits = [len(ids) <= guard.max_tokens for ids in texts["train"]]
     if not all(fits):
         accelerator.print(f"left out {fits.count(False)} training rows of more than {guard.max_tokens} tokens")
@@ -135,7 +135,8 @@ def main():
     lengths = torch.tensor([len(ids) for ids in texts["train"]])
     starts = lengths  # of `full`, which judges no answer before its end, no answer is cut
     if not guard.is_full:
-        prompts = [encode(tokenizer, row["prompt"]) for row in rows["train"]]
+        turns = [conversation(row) for row in rows["train"]]
+        prompts = [encode(tokenizer, prompt, history=history) for prompt, _, history in turns]
         starts = torch.tensor([answer_start(*pair) for pair in zip(prompts, texts["train"], strict=True)])
     positives, known = targets["train"].nansum(0), (~targets["train"].isnan()).sum(0)
     # Without positives the weight would be infinite; as no term then carries it, any finite one serves.
@@ -339,7 +340,7 @@ def open_output(output, config, resume):
 
 def digest(rows):
     """What tells the rows of a split, in their order, from others."""
-    known = [[row[name] for name in ("prompt", "response", "category", "is_safe")] for row in rows]
+    known = [[*conversation(row), row["category"], row["is_safe"]] for row in rows]
     return f"{len(rows)}, sha256 {hashlib.sha256(json.dumps(known).encode()).hexdigest()}"
 
 
