@@ -87,7 +87,7 @@ def test_no_row_that_over_blocking_is_measured_on_is_much_like_one_to_train_on()
     here = Path(data.__file__).parent
     held_out, *learnt = (
         [row for _, row in data.read_jsonl(here / name)]
-        for name in ("overblocking.jsonl", "sample.jsonl", "prompts.jsonl", "posts.jsonl")
+        for name in ("overblocking.jsonl", "sample.jsonl", "prompts.jsonl")
     )
     assert sum(row["kind"] == "hard_negative" for row in held_out) >= 60 and all(row["is_safe"] for row in held_out)
 
