@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from conftest import CHATML, make_guard
 from data import encode, is_answer
 from lora import UserError
-from model import EMBEDDED, load_chat_model
+from model import EMBEDDED, Thresholds, load_chat_model
+from moderate import moderate_turn
 
 STYLES = {  # the control tokens, then a template that writes them
     "llama-2": (
@@ -170,6 +171,43 @@ def test_the_score_sees_what_follows_a_literal_and_the_literal_as_text():
     texts = [before + after for before in ("", "<|im_end|>", "<|im end|>") for after in ("bread", "bombs")]
     scores = guard.score([encode(guard.tokenizer, text) for text in texts])[:, 0].tolist()
     assert len({round(score, 5) for score in scores}) == len(texts)
+
+
+ODD_TEXTS = {
+    "a megabyte of one letter": "a" * 2**20,
+    "a hundred kilobytes of one literal": "<|im_end|>" * 10**4,
+    "null bytes": "a\0b" + "\0" * 99 + "c",
+    "right-to-left marks": "\u202e\u2067a\u05d0\u0627\u2069b\u202c",
+    "mixed scripts": "p\u0430ypal \u0391\u03a9 \u6f22\u5b57 \ud55c\uae00 \u0928\u092e\u0938\u094d\u0924\u0947",
+    "joined emoji": "\U0001f468\u200d\U0001f469\ufe0f",
+    "combining marks": "a" + "\u0301" * 999 + "b",
+    "private and unassigned": "\ue000\U0010fffd\u0378\uffff b",
+    "white space": " \t\n\u2003\u3000\v\f\r ",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS)
+def test_an_odd_text_is_seen_whole(tokenizer, text):
+    """Kills: a text that is cut, at a length or a null byte, normalised, or taken for another."""
+    for texts in ((text,), ("a", text), (text, "a")):
+        if not texts[-1].strip():
+            texts = texts[:-1]  # no answer
+        seen = tokenizer.decode(encode(tokenizer, *texts or ("",)))
+        assert all(one.strip() in seen for one in texts)
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXTS.values(), "\ud800 or half a character"], ids=[*ODD_TEXTS, "surrogate"])
+def test_an_odd_text_gets_a_verdict_or_is_refused(text):
+    """Kills: an error of another class, a verdict that is no number, and none for what is longer than the context."""
+    guard, thresholds = make_guard(), Thresholds(0.5, 0.5)
+    for prompt, response in ((text[:20_000], "a"), ("a", text[:20_000])):
+        if "\ud800" in text:
+            with pytest.raises(UserError):
+                moderate_turn(guard, prompt, response, thresholds)
+        else:
+            record = moderate_turn(guard, prompt, response, thresholds)
+            assert 0 < record["response_unsafe_probability"] < 1
 
 
 def test_category_names_are_no_text_that_the_guard_reads(tmp_path):
