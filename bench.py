@@ -1,35 +1,53 @@
 """The measurements behind the README's figures of speed.
 
 What is compared runs in turns in one process, and the medians of several rounds are set side by side: the clock of a
-shared machine is not to be trusted from one run to the next, but ratios from within one run are.
+shared machine is not to be trusted from one run to the next, but ratios from within one run are. The peer is peft, in
+the way that LoRA-Guard's authors use it: LoRA on q and v, every row padded to the longest, with an attention mask.
+
+Operations are counted as those of the matrix products that the guard's formulas need, two for each multiplication: no
+padding, no language-model head, the causal half of the attention, no gradient where none is needed. The limit is what
+the largest of a few square products of the same type does in a second on this machine.
 """
 
 import argparse
 import json
 import platform
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
+import peft
 import torch
 import transformers
+from torch import nn
 
-from data import encode
-from lora import UserError, run
+from data import conversation, encode, evaluation_rows, labels
+from lora import LoRALinear, UserError, linear_sizes, run, trainable
 from model import EMBEDDED, NEVER, GuardedChat, lend, load_chat_model
+from train import guard_loss
 
 PROMPT = "Write a long story about a lighthouse keeper who teaches the children of the village to read the stars."
 LENGTHS = (128, 512, 2048, 8192)  # tokens of a conversation
 STEPS = (16, 8, 32)  # tokens from verdict to verdict, the default first
+BATCH = 16  # rows, the default of train.py
+GROWTH = {"rows": (4, 8, 16, 32), "length": (64, 128, 256, 512), "rank": (4, 16, 64)}  # around 16, 128 and 16
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=EMBEDDED, help="chat model, as for train.py")
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32")
+    parser.add_argument("--dataset", nargs="+", default=[str(Path(__file__).with_name("sample.jsonl"))])
+    parser.add_argument("--dtype", help="bfloat16 or float32; default: as train.py computes on this processor")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="less of everything, for a first look")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the time of a verdict over the length")
+    parser.add_argument("--plot-growth", metavar="FILE.png", help="draw time and memory over rows, length and rank")
+    parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)  # what a process of its own is asked for
     args = parser.parse_args()
     if args.rounds < 1:
         raise UserError("--rounds must be at least 1")
@@ -52,20 +70,41 @@ def medians(contestants, rounds):
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def time_stream(guard, rounds, tokens=128):
-    """Seconds for an answer of 128 tokens: by plain generate, and with a verdict after every so many of them."""
+def load(args, **settings):
+    """A guard with random adapters, which take the time that trained ones would, of BeaverTails' 14 categories."""
+    torch.manual_seed(0)
+    settings = {"categories": [f"category {number}" for number in range(14)]} | settings
+    guard = GuardedChat(*load_chat_model(args.model, args.dtype), **settings)
+    if not args.dtype:
+        guard.use_fast_dtype()
+    return guard
+
+
+def dtype_of(guard):
+    return str(guard.chat_model.dtype).removeprefix("torch.")
+
+
+# Generation.
+
+
+def time_stream(guard, untouched, rounds, tokens=128):
+    """Seconds for an answer: of a model without a guard, of one with the gate shut, with a verdict every N tokens."""
     prompt = encode(guard.tokenizer, PROMPT)
     ids = torch.tensor([prompt])
 
-    def plain():
-        options = {"attention_mask": torch.ones_like(ids), "pad_token_id": guard.tokenizer.pad_token_id}
-        output = guard.chat_model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
-        assert output.shape[1] == len(prompt) + tokens, "the answer ended early"
+    def plain(model):
+        def generate():
+            options = {"attention_mask": torch.ones_like(ids), "pad_token_id": guard.tokenizer.pad_token_id}
+            output = model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
+            assert output.shape[1] == len(prompt) + tokens, "the answer ended early"
+
+        return generate
 
     def moderated(every):
         return lambda: guard.generate([prompt], NEVER, max_new_tokens=tokens, verdict_every=every)
 
-    return medians({"plain": plain} | {every: moderated(every) for every in STEPS}, rounds)
+    contestants = {"plain": plain(untouched), "off": plain(guard.chat_model)}
+    return medians(contestants | {every: moderated(every) for every in STEPS}, rounds)
 
 
 @torch.no_grad()
@@ -82,6 +121,171 @@ def time_verdicts(activated, full, length, rounds):
     return medians(contestants, rounds)
 
 
+# Training and scoring.
+
+
+def training_step(model, parameters, judge, targets):
+    """A function that learns from one batch: judge(batch) gives logits; batch: row numbers."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    weight = torch.ones(targets.shape[1])
+
+    def step(batch):
+        guard_loss(judge(batch), targets[batch], weight, True).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model.train()
+    return step
+
+
+def our_step(guard, texts, targets):
+    parameters = list(trainable(guard).values())
+    return training_step(guard, parameters, lambda batch: guard([texts[row] for row in batch]), targets)
+
+
+def their_step(args, dtype, texts, targets):
+    """The reference's way of training, by peft: LoRA on q and v, every row padded to the longest, with a mask."""
+    chat_model, tokenizer = load_chat_model(args.model, dtype)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(chat_model.base_model, config)
+    head = nn.Linear(chat_model.get_output_embeddings().weight.shape[-1], targets.shape[1])
+    longest = max(map(len, texts))
+    pad = tokenizer.pad_token_id or 0
+
+    def judge(batch):
+        ids = torch.tensor([texts[row] + [pad] * (longest - len(texts[row])) for row in batch])
+        mask = torch.tensor([[1] * len(texts[row]) + [0] * (longest - len(texts[row])) for row in batch])
+        hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return head(hidden[torch.arange(len(batch)), mask.sum(1) - 1].float())
+
+    parameters = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
+    return training_step(model, parameters, judge, targets)
+
+
+def operations(guard, lengths, training):
+    """Operations that conversations of so many tokens need on the activated path, judged or learnt from."""
+    layers = [module for module in guard.modules() if isinstance(module, LoRALinear)]
+    config = guard.chat_model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.num_attention_heads * width * config.num_hidden_layers
+    frozen = sum(inside * outside for inside, outside in (linear_sizes(layer.base) for layer in layers))
+    low_rank = sum(parameter.numel() for layer in layers for parameter in (layer.lora_A, layer.lora_B))
+    question, total = guard.guard_prompt_ids.shape[1], 0
+    for length in lengths:
+        total += 2 * frozen * length + 2 * attention * length**2  # the chat path's pass, half of a square of attention
+        seen = 4 * attention * question * (length + question / 2)
+        judged = 2 * frozen * question + seen
+        # Backward there is one more product for each: by x alone where W is frozen, by x and by the factor in LoRA.
+        total += judged * (2 if training else 1) + 2 * low_rank * question * (3 if training else 1)
+    return total
+
+
+def peak_operations(dtype, rounds):
+    """Operations in a second of the fastest of a few square matrix products."""
+    found = []
+    for size in (1024, 2048, 3072):
+        one, other = torch.randn(2, size, size).to(dtype)
+        found.append(2 * size**3 / medians({"product": lambda one=one, other=other: one @ other}, rounds)["product"])
+    return max(found)
+
+
+def time_training(args, guard, texts, targets, rounds):
+    """{"ours", "peer"}: (seconds, rows) of one pass over a sample of the batches; and our row numbers."""
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    batches = [order[start : start + BATCH] for start in range(0, len(order) - BATCH + 1, BATCH)]
+    ours = batches[len(batches) // 8 :: max(1, len(batches) // 4)]  # of all lengths: the middle of each quarter
+    theirs = [row for batch in ours for row in batch][: BATCH // 4 if args.quick else BATCH]
+    step, peer = our_step(guard, texts, targets), their_step(args, dtype_of(guard), texts, targets)
+    contestants = {"ours": lambda: [step(batch) for batch in ours], "peer": lambda: peer(theirs)}
+    seconds = medians(contestants, rounds)
+    rows = {"ours": sum(map(len, ours)), "peer": len(theirs)}
+    return {name: (seconds[name], rows[name]) for name in seconds}, [row for batch in ours for row in batch]
+
+
+@torch.no_grad()
+def time_forward(args, full, texts, rounds):
+    """Seconds of the `full` path's pass over one batch, and of peft's with the same targets and tensors."""
+    dtype = dtype_of(full)
+    chat_model, _ = load_chat_model(args.model, dtype)
+    names = sorted({name.rpartition(".")[2] for name, m in full.named_modules() if isinstance(m, LoRALinear)})
+    config = peft.LoraConfig(r=full.settings["lora_r"], lora_alpha=full.settings["lora_alpha"], target_modules=names)
+    theirs = peft.get_peft_model(chat_model, config, autocast_adapter_dtype=False).eval()
+    tensors = {name: tensor for name, tensor in full.adapter().items() if "lora_" in name}
+    peft.set_peft_model_state_dict(theirs, tensors)
+    ids, mask = full._pad(texts, "right")
+    last = torch.arange(len(ids)), mask.sum(1) - 1
+
+    def peer():
+        hidden = theirs.base_model.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return full.head(hidden[last].float())
+
+    difference = (peer() - full(texts)).abs().max().item()
+    return medians({"ours": lambda: full(texts), "peer": peer}, rounds) | {"difference": difference}
+
+
+def load_in_peft(args, guard):
+    """How far the logits of a saved adapter, loaded by peft from its folder, are from the guard's own."""
+    ids, question = encode(guard.tokenizer, PROMPT), guard.guard_prompt_ids[0].tolist()
+    names = sorted({name.rpartition(".")[2] for name, m in guard.named_modules() if isinstance(m, LoRALinear)})
+    invocation = {} if guard.is_full else {"alora_invocation_tokens": question}
+    lora = {"r": guard.settings["lora_r"], "lora_alpha": guard.settings["lora_alpha"], "target_modules": names}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        peft.LoraConfig(task_type="CAUSAL_LM", **lora, **invocation).save_pretrained(folder)
+        guard.save_adapter(Path(folder) / "adapter_model.safetensors")
+        chat_model, _ = load_chat_model(args.model, dtype_of(guard))
+        theirs = peft.PeftModel.from_pretrained(chat_model, folder).eval()
+        hidden = theirs(torch.tensor([ids + question]), output_hidden_states=True).hidden_states[-1]
+        return (guard.head(hidden[:, -1].float()) - guard.eval()([ids])).abs().max().item()
+
+
+# Growth.
+
+
+def peak_of(args, what, rows, length, rank):
+    """(seconds of the second step, peak resident bytes) of a process that trains or scores and does nothing else."""
+    guard = load(args, lora_r=int(rank))
+    ids = (encode(guard.tokenizer, PROMPT) * int(length))[: int(length)]
+    texts = [ids] * int(rows)
+    targets = torch.zeros(len(texts), 1 + len(guard.categories))
+    step = our_step(guard, texts, targets) if what == "train" else lambda batch: guard.score(texts, len(texts))
+    for _ in range(2):
+        started = time.perf_counter()
+        step(range(len(texts)))
+    return time.perf_counter() - started, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure_growth(args):
+    """{name: {"train" or "score": [(value, seconds, bytes), ...]}}, each of them in a process of its own."""
+    found = {}
+    for name, values in GROWTH.items():
+        for what in ("train", "score"):
+            for value in values:
+                shape = {"rows": 16, "length": 128, "rank": 16} | {name: value}
+                command = [sys.executable, __file__, args.model, "--peak-of", what, *map(str, shape.values())]
+                command += ["--dtype", args.dtype] if args.dtype else []
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                found.setdefault(name, {}).setdefault(what, []).append((value, *json.loads(output)))
+    return found
+
+
+def draw_growth(found, path):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(found), figsize=(10, 5), layout="constrained", sharey="row", squeeze=False)
+    for column, (name, measured) in enumerate(found.items()):
+        for what, points in measured.items():
+            values, seconds, peaks = zip(*points, strict=True)
+            axes[0, column].plot(values, seconds, marker="o", label=what)
+            axes[1, column].plot(values, [peak / 1e9 for peak in peaks], marker="o", label=what)
+        axes[0, column].set(ylim=0)
+        axes[1, column].set(ylim=0, xlabel={"rows": "rows", "length": "tokens a row", "rank": "rank"}[name])
+    axes[0, 0].set(ylabel="seconds")
+    axes[1, 0].set(ylabel="peak memory, GB")
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=90)
+
+
 def draw(verdicts, path, caption):
     import matplotlib.pyplot as plt
 
@@ -96,33 +300,61 @@ def draw(verdicts, path, caption):
 
 def main():
     args = parse_arguments()
-    if args.plot:
+    if args.peak_of:
+        return print(json.dumps(peak_of(args, *args.peak_of)))
+    if args.plot or args.plot_growth:
         import matplotlib.pyplot  # noqa: F401  before all is measured in vain
-    torch.manual_seed(0)  # weights of a trained guard would take the same time
-    settings = {"categories": [f"category {number}" for number in range(14)]}
-    activated, full = (
-        GuardedChat(*load_chat_model(args.model, args.dtype), guard_path=path, **settings)
-        for path in ("activated", "full")
-    )
-    activated.cast_for_use()
+    rounds, lengths = (1, LENGTHS[:3]) if args.quick else (args.rounds, LENGTHS)
+    guard = load(args)
+    dtype = dtype_of(guard)
+    versions = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
+    result = {"processor": processor(), "threads": torch.get_num_threads(), "dtype": dtype, "versions": versions}
+
+    rows = evaluation_rows(args.dataset)[:512]
+    texts = [encode(guard.tokenizer, *conversation(row)) for row in rows]
+    targets = labels([row | {"category": None} for row in rows], guard.categories)
+    limit = peak_operations(guard.chat_model.dtype, rounds)
+    result |= {"rows": len(rows), "longest_row": max(map(len, texts)), "limit_gflops": limit / 1e9}
+    training, learnt = time_training(args, guard, texts, targets, rounds)
+    per_second = {name: count / seconds for name, (seconds, count) in training.items()}
+    result |= {"train_rows_per_second": per_second["ours"], "train_speedup": per_second["ours"] / per_second["peer"]}
+    needed = operations(guard, [len(texts[row]) for row in learnt], training=True)
+    result["train_fraction_of_limit"] = needed / training["ours"][0] / limit
+
+    guard.eval()
+    some = [texts[row] for row in learnt]
+    seconds = medians({"score": lambda: guard.score(some)}, rounds)["score"]
+    result["score_tokens_per_second"] = sum(map(len, some)) / seconds
+    result["score_fraction_of_limit"] = operations(guard, map(len, some), training=False) / seconds / limit
+
+    full = load(args, guard_path="full")
+    result |= {f"logits_from_peft_{g.settings['guard_path']}": load_in_peft(args, g) for g in (guard, full)}
+    guard.cast_for_use()
     full.cast_for_use()
-    stream = time_stream(activated, args.rounds)
-    verdicts = {length: time_verdicts(activated, full, length, args.rounds) for length in LENGTHS}
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    result = {"processor": processor(), "threads": torch.get_num_threads(), "dtype": args.dtype, "versions": versions}
-    result["plain_seconds"] = stream["plain"]
-    result |= {f"stream_over_plain_every_{every}": stream[every] / stream["plain"] for every in STEPS}
+    forward = time_forward(args, full, some[-BATCH:], rounds)
+    result |= {"lora_over_peft": forward["ours"] / forward["peer"], "logits_apart": forward["difference"]}
+
+    untouched, _ = load_chat_model(args.model, dtype)
+    stream = time_stream(guard, untouched, rounds)
+    result |= {"plain_seconds": stream["plain"], "off_over_plain": stream["off"] / stream["plain"]}
+    result["stream_over_plain"] = stream[STEPS[0]] / stream["plain"]
+    result |= {f"stream_over_plain_every_{every}": stream[every] / stream["plain"] for every in STEPS[1:]}
+    verdicts = {length: time_verdicts(guard, full, length, rounds) for length in lengths}
     for length, times in verdicts.items():
         result[f"milliseconds_{length}"] = {name: 1000 * seconds for name, seconds in times.items()}
         result[f"verdict_speedup_{length}"] = times["full"] / times["activated"]
         result[f"verdict_over_decode_step_{length}"] = times["activated"] / times["decode step"]
+    result["verdict_over_decode_step"] = max(result[f"verdict_over_decode_step_{length}"] for length in lengths)
+    if args.plot_growth:
+        result["growth"] = measure_growth(args)
+        draw_growth(result["growth"], args.plot_growth)
     if args.json:
         print(json.dumps(result))
     else:
         for name, value in result.items():
             print(f"{name:32}", value if isinstance(value, (str, int, dict)) else f"{value:.3f}")
     if args.plot:
-        draw(verdicts, args.plot, f"One verdict, {args.model} in {args.dtype}, {torch.get_num_threads()} CPU threads")
+        draw(verdicts, args.plot, f"One verdict, {args.model} in {dtype}, {torch.get_num_threads()} CPU threads")
 
 
 def processor():

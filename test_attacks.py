@@ -190,7 +190,7 @@ ODD_TEXTS = {
 @pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS)
 def test_an_odd_text_is_seen_whole(tokenizer, text):
     """Kills: a text that is cut, at a length or a null byte, normalised, or taken for another."""
-    for texts in ((text,), ("a", text), (text, "a")):
+    for texts in ((text,), ("a", text), (text, "a"))[: 1 if len(text) > 10**5 else 3]:  # a second for each megabyte
         if not texts[-1].strip():
             texts = texts[:-1]  # no answer
         seen = tokenizer.decode(encode(tokenizer, *texts or ("",)))

@@ -309,6 +309,7 @@ def train_and_exit(*arguments):
     train.main()
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_no_byte(model_folder, rows, tmp_path):
     """Kills: what only a process that is gone leaves behind, and moments that the tests above do not think of."""
     processes = multiprocessing.get_context("forkserver")
