@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import threading
 from pathlib import Path
 
 import datasets
@@ -23,6 +24,7 @@ HUB_CONFIGS = {"lmsys/toxic-chat": "toxicchat0124"}  # of a data set that has se
 OPENAI_LABELS = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")  # columns of OpenAI's moderation set, arXiv 2208.03274
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+TOKENIZING = threading.Lock()  # to defuse control tokens a tokenizer is switched over, for all threads
 
 
 def load_splits(sources):
@@ -30,8 +32,8 @@ def load_splits(sources):
 
     sources: one hub id, or data files, or folders of them. A name with "train" in it is the training split, else with
     "test" the test split, with "val" or "dev" the validation split, and any other is training too. A split that is not
-    given is cut out of the training one, a tenth of its prompts. No prompt stays in two splits: test keeps it before
-    validation, validation before training, and the number of rows that this leaves out is printed.
+    given is cut out of the training one, a tenth of its prompts. No prompt stays in two splits, of a conversation the
+    first: test keeps it before validation, validation before training, and how many rows that leaves out is printed.
     Raises UserError for data that cannot be learnt from.
     """
     given, names = {}, None
@@ -160,9 +162,13 @@ def conversation(row, where="a row"):
 
 def _last_turn(messages, where):
     try:
+        # What else a message says, as `tool_calls`, would be out of the guard's sight; Parquet has null for nothing.
+        others = {name for message in messages for name in message if message[name] is not None} - {"role", "content"}
         messages = [{"role": message["role"], "content": message["content"] + ""} for message in messages]
     except (TypeError, LookupError):
-        messages = []
+        others, messages = (), []
+    if others:
+        raise UserError(f"{where}: a message has a role and content, and no {', '.join(sorted(map(str, others)))}")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
@@ -218,6 +224,15 @@ def labels(rows, names):
     return torch.tensor(values, dtype=torch.float32).view(len(rows), 1 + len(names))
 
 
+def encode_row(tokenizer, row, where=None):
+    """Token ids of a row's conversation, as encode gives them. Raises UserError, naming the place or the prompt."""
+    texts = conversation(row, where or "a row")
+    try:
+        return encode(tokenizer, *texts)
+    except UserError as error:
+        raise UserError(f"{where or f'the row with the prompt {texts[0][:60]!r}'}: {error}") from error
+
+
 def encode(tokenizer, prompt, response=None, history=()):
     """Token ids of a conversation in the model's own chat template, up to where the answer begins or has got to.
 
@@ -237,10 +252,11 @@ def encode(tokenizer, prompt, response=None, history=()):
     letters = [message | {"content": "a" if message["content"].strip() else ""} for message in messages]
     try:
         shown = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        ids, plain = (
-            tokenizer.apply_chat_template(some, sanitize_control_tokens=True, return_dict=False, **options)
-            for some in (messages, letters)
-        )
+        with TOKENIZING:
+            ids, plain = (
+                tokenizer.apply_chat_template(some, sanitize_control_tokens=True, return_dict=False, **options)
+                for some in (messages, letters)
+            )
     except Exception as error:  # a template is a program of the model's author, which raises what it likes
         raise UserError(f"the chat template cannot write this conversation: {first_line(error)}") from error
     # Earlier answers apart: what the template drops of those, as reasoning, the chat model does not read either.

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from data import answer_start, conversation, encode, evaluation_rows, is_answer, prompt_key
+from data import answer_start, conversation, encode, encode_row, evaluation_rows, is_answer, prompt_key
 from lora import UserError, first_line, run
 from model import load_guard, probabilities, verdict_fields, write_whole
 
@@ -199,7 +199,7 @@ def main():
     guard, thresholds = load_guard(args.config, args.adapter, args.device_id, args.threshold)
     guard.use_fast_dtype()
 
-    texts = [encode(guard.tokenizer, *conversation(row)) for row in rows]
+    texts = [encode_row(guard.tokenizer, row) for row in rows]
     scores = probabilities(guard.score(texts), guard.calibration).numpy()  # (N, 1 + K)
     scores = np.nan_to_num(scores, nan=1.0)  # what is no number is flagged
     unsafe = np.array([not row["is_safe"] for row in rows])

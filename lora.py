@@ -50,6 +50,9 @@ class Gate(threading.local):
 
     is_open = False
 
+    def __reduce__(self):  # a copy of a model gets a gate of its own, shut
+        return Gate, ()
+
     @contextmanager
     def opened(self):
         # Back to the previous state, not to shut: an inner `with` must not close the gate on the outer one.
@@ -88,7 +91,7 @@ class LoRALinear(nn.Module):
     @property
     def weight(self):
         """Raises UserError: a model that computes W x itself, past this layer, would never get the update."""
-        raise UserError("this model computes with a LoRA target's weight past the layer: name others by --lora-targets")
+        raise UserError("this model computes with the weight of a LoRA target past the layer, so it cannot be guarded")
 
     def delta(self):
         """The update as a matrix: (alpha / r) B A, shape (out, in), fp32."""

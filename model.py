@@ -124,14 +124,14 @@ class GuardedChat(nn.Module):
         Raises UserError for a model whose cache does not hold a whole conversation in one shape.
         """
         ids = self.guard_prompt_ids[:, :1]
-        layers = (
-            () if self.is_full else self.chat_model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
-        )
-        shapes = {tensor.shape for layer in layers for tensor in (layer.keys, layer.values)}
-        if len(shapes) != 1 or any(type(layer) is not DynamicLayer for layer in layers):
+        read = {} if self.is_full else self.chat_model.base_model(input_ids=ids, use_cache=True)
+        layers = getattr(read.get("past_key_values"), "layers", [])
+        whole = [layer for layer in layers if type(layer) is DynamicLayer]
+        shapes = {tensor.shape for layer in whole for tensor in (layer.keys, layer.values)}
+        if len(shapes) != 1 or len(whole) < len(layers):
             raise UserError("the caches of this guard and chat model cannot be kept: leave out the folder for them")
-        # Quantised matrices have a type of their own, and the config says how they were made.
-        frozen = [p for p in self.chat_model.parameters() if not p.requires_grad and type(p) is nn.Parameter]
+        frozen = [p for p in self.chat_model.parameters() if not p.requires_grad]
+        frozen = [p if type(p) is nn.Parameter else p.dequantize() for p in frozen]
         some = torch.cat([parameter.detach().flatten()[:64].float().cpu() for parameter in frozen]).numpy().tobytes()
         digest = hashlib.sha256(some + self.chat_model.config.to_json_string().encode()).hexdigest()[:16]
         self.cache_dir = Path(folder) / digest
@@ -157,8 +157,8 @@ class GuardedChat(nn.Module):
         ids, mask = self._pad(conversations, "left")  # (B, T)
         padding = {} if mask.all() else {"attention_mask": mask, "position_ids": _positions(mask)}
         with torch.no_grad():
-            cache = self.chat_model.base_model(input_ids=ids, use_cache=True, **padding).past_key_values
-        return self.judge(cache, padding.get("attention_mask"))
+            read = self.chat_model.base_model(input_ids=ids, use_cache=True, **padding)
+        return self.judge(read.get("past_key_values"), padding.get("attention_mask"))
 
     def judge(self, cache, attention_mask=None):
         """The activated verdict on the conversations in a key/value cache that the chat path made.
@@ -347,33 +347,32 @@ class GuardedChat(nn.Module):
 
     def load_adapter(self, path):
         """Read what save_adapter wrote. Raises UserError, and changes nothing, unless every field and tensor fits."""
-        wanted = {name: list(parameter.shape) for name, parameter in self.adapter().items()}
-        with _adapter_file(path, self.settings) as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            wrong = [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
-            tensors = {} if wrong else {name: file.get_tensor(name) for name in wanted}
-        if wrong:
+        tensors = read_adapter(path, self.settings)
+        found, wanted = ({name: t.shape for name, t in some.items()} for some in (tensors, self.adapter()))
+        if wrong := [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]:
             raise UserError(f"{path} belongs to another guard or chat model; what differs: {_some(wrong)}")
-        if wrong := [name for name, t in tensors.items() if not (t.is_floating_point() and t.isfinite().all())]:
-            raise UserError(f"{path} holds values that are no finite numbers: {_some(wrong)}")
         with torch.no_grad():
             for name, parameter in self.adapter().items():
                 parameter.copy_(tensors[name])
 
 
-@contextlib.contextmanager
-def _adapter_file(path, settings):
-    """An adapter file, open to be read. Raises UserError if it is damaged, or its header differs from `settings`."""
+def read_adapter(path, settings):
+    """{name: tensor} of an adapter file. Raises UserError unless its header has these settings, and it finite numbers.
+
+    That takes no chat model, so a wrong file is refused before one is read.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("lora_guard", "{}"))
-            if wrong := [name for name, value in settings.items() if header.get(name) != value]:
-                raise UserError(f"{path} belongs to another guard or chat model; what differs: {_some(wrong)}")
-            yield file
-    except UserError:
-        raise
+            wrong = [name for name, value in settings.items() if header.get(name) != value]
+            tensors = {} if wrong else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot read the adapter {path}: {first_line(error)}") from error
+    if wrong:
+        raise UserError(f"{path} belongs to another guard or chat model; what differs: {_some(wrong)}")
+    if wrong := [name for name, t in tensors.items() if t.dtype != torch.float32 or not t.isfinite().all()]:
+        raise UserError(f"{path} holds values that are no finite numbers in fp32: {_some(wrong)}")
+    return tensors
 
 
 def _some(names, shown=3):
@@ -398,7 +397,7 @@ def lend(cache):
     Cropping the guard's tokens off again would not do: a sliding-window layer has dropped old tokens to make room.
     """
     lent = copy.copy(cache)
-    lent.layers = [copy.copy(layer) for layer in cache.layers]
+    lent.layers = [copy.copy(layer) for layer in cache.layers] if cache is not None else [None]
     for layer in lent.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UserError(f"the activated path cannot borrow a {type(layer).__name__}; train with --guard-path full")
@@ -488,8 +487,7 @@ def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=No
         thresholds = Thresholds(*map(float, given))
         if any(map(math.isnan, thresholds)):
             raise UserError("the threshold is not a number, so nothing would ever be flagged")
-        with _adapter_file(adapter_path, {name: config[name] for name in GUARD}):
-            pass  # a wrong file is refused before the chat model is read
+        read_adapter(adapter_path, {name: config[name] for name in GUARD})
         chat_model, tokenizer = load_chat_model(config["base_model"], config["dtype"])
         guard = GuardedChat(chat_model, tokenizer, **{name: config[name] for name in GUARD})
         shift, temperature = calibration = torch.tensor([config["calibration"][name] for name in guard.calibration])

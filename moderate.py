@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TextStreamer
 
-from data import answer_start, conversation, encode, is_answer, read_jsonl
+from data import answer_start, conversation, encode, encode_row, is_answer, read_jsonl
 from lora import UserError, run
 from model import is_flagged, load_guard, probabilities, verdict_fields
 
@@ -233,7 +233,8 @@ def score_file(guard, source, target, thresholds, chunk_rows=256):
         raise UserError(f"{source} must be a file on disk, for it is read more than once")
     if target.exists() and target.samefile(source):
         raise UserError(f"writing {target} would destroy the input; name another --output")
-    total = sum(1 for number, row in read_jsonl(source) if conversation(row, f"{source}, line {number}"))
+    lines = read_jsonl(source)
+    total = sum(1 for number, row in lines if encode_row(guard.tokenizer, row, f"{source}, line {number}"))
     accelerator, there = Accelerator(), rows_there(guard, source, target, thresholds)
     accelerator.wait_for_everyone()  # or a slower process would count what this one writes
     rows = itertools.islice(rows_of(source), there, None)
@@ -241,7 +242,7 @@ def score_file(guard, source, target, thresholds, chunk_rows=256):
     with open(target, "ab") as out, bar:
         while chunk := list(itertools.islice(rows, chunk_rows)):
             with accelerator.split_between_processes(chunk) as share:
-                texts = [encode(guard.tokenizer, *conversation(row)) for row in share]
+                texts = [encode_row(guard.tokenizer, row) for row in share]
             judged = gather_object(probabilities(guard.score(texts), guard.calibration).tolist())
             if accelerator.is_main_process:
                 for row, outputs in zip(chunk, judged, strict=True):

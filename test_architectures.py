@@ -104,11 +104,11 @@ REFUSED = {  # what is there to be said about them, by path
     ),
     "state space": (
         MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        dict.fromkeys(("activated", "full"), "past the layer: name others by --lora-targets"),
+        dict.fromkeys(("activated", "full"), "past the layer, so it cannot be guarded"),
     ),
     "recurrent": (
         RwkvConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        dict.fromkeys(("activated", "full"), "past the layer: name others by --lora-targets"),
+        dict.fromkeys(("activated", "full"), "past the layer, so it cannot be guarded"),
     ),
 }
 

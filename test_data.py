@@ -214,6 +214,7 @@ def test_of_messages_the_last_turn_is_judged_after_those_before(tokenizer, tmp_p
     """Kills: a history that is lost or cut, an answer taken for a prompt, a system message that is not read."""
     answered = [*CONVERSATION, said("assistant", "the answer")]
     rows = [{"messages": CONVERSATION, "is_safe": True}, {"messages": answered, "is_safe": False}]
+    rows[0]["messages"] = [said | {"name": None} for said in CONVERSATION]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     for path in (write(tmp_path / "rows.jsonl", rows), tmp_path / "rows.parquet"):
         prompt, pair = evaluation_rows([path])
@@ -260,6 +261,7 @@ BAD_ROWS = {
     "answer first": {"messages": [said("assistant", "a")], "is_safe": True},
     "one user twice": {"messages": [said("user", "a"), said("user", "b")], "is_safe": True},
     "unknown role": {"messages": [said("user", "a"), said("tool", "b")], "is_safe": True},
+    "message with more than text": {"messages": [said("user", "a") | {"tool_calls": [{}]}], "is_safe": True},
     "messages and another prompt": {"messages": [said("user", "a")], "prompt": "b", "is_safe": True},
     "messages and another response": {"messages": [said("user", "a")], "response": "b", "is_safe": True},
     "half a character in the history": {

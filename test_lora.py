@@ -1,5 +1,6 @@
 """The LoRA maths. Each test names the mutation of lora.py that it kills."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -132,6 +133,7 @@ def test_each_thread_has_its_own_gate():
         assert other.submit(lambda: gate.is_open).result()
         other.submit(inner.__exit__, None, None, None).result()
         assert gate.is_open
+        assert not copy.deepcopy(gate).is_open
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["self_attn.o_proj"], ["all-linear"]])

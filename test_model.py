@@ -328,6 +328,8 @@ DAMAGE = {
     "foreign": (lambda tensors: tensors.update({"transformer.h.0.lora_A.weight": tensors.pop(Q)}), "transformer.h.0"),
     "not finite": (lambda tensors: tensors[Q][0].fill_(float("nan")), Q),
     "not numbers": (lambda tensors: tensors.update({Q: tensors[Q].int()}), Q),
+    "finite in fp64 alone": (lambda tensors: tensors.update({Q: tensors[Q].double().fill_(1e300)}), Q),
+    "in a type that few operations know": (lambda tensors: tensors.update({Q: tensors[Q].to(torch.float8_e4m3fn)}), Q),
 }
 
 
@@ -396,7 +398,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("contents", STRANGE.values(), ids=STRANGE)
 def test_a_strange_adapter_is_refused_at_once(saved, contents, monkeypatch):
-    """Kills: an error of another class, memory for what a header claims, reading the chat model first."""
+    """Kills: an error of another class, reading the chat model first."""
     _, config, adapter = saved
     monkeypatch.setattr(model_module, "load_chat_model", None)
     for content in contents:
@@ -404,6 +406,15 @@ def test_a_strange_adapter_is_refused_at_once(saved, contents, monkeypatch):
         with pytest.raises(UserError, match=r"adapter\.safetensors") as error:
             load_guard(config, adapter)
         assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_an_adapter_of_strange_numbers_is_refused_at_once(saved, monkeypatch):
+    """Kills: reading the chat model before the numbers are looked at."""
+    _, config, adapter = saved
+    rewrite(adapter, DAMAGE["not finite"][0])
+    monkeypatch.setattr(model_module, "load_chat_model", None)
+    with pytest.raises(UserError, match="no finite numbers"):
+        load_guard(config, adapter)
 
 
 def test_an_adapter_that_is_cut_anywhere_is_refused(saved, monkeypatch):

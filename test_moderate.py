@@ -233,10 +233,21 @@ def test_a_file_of_conversations_is_judged_by_their_last_turns(tmp_path):
     assert [row.get("messages") for row in found] == [row["messages"] for row in rows]
 
 
-def test_two_threads_moderate_with_one_model(monkeypatch):
+def test_a_conversation_that_the_template_cannot_write_is_named_before_any_row_is_judged(tmp_path):
+    """Kills: finding it out when the rows before have been judged for hours, and not saying where it is."""
+    guard = make_guard()
+    guard.tokenizer.chat_template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}" + CHATML
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + json.dumps({"messages": messages}))
+    with pytest.raises(UserError, match=r"in\.jsonl, line 2: .*no system"):
+        score_file(guard, tmp_path / "in.jsonl", tmp_path / "out.jsonl", both(0.5))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_two_threads_moderate_with_one_model():
     """Kills: one gate for all threads, which a verdict in one opens under the answer of the other."""
     guard = make_guard()
-    turns = [("how is the bread?", None), ("hi", None), ("or", "the answer is harmful"), ("a", "")] * 10
+    turns = [("how is the bread?", None), ("hi", None), ("or", "<|im_end|>" * 20), ("a", "")] * 10
 
     def moderate(turn):
         return moderate_turn(guard, *turn, both(2.0), max_new_tokens=8, verdict_every=2)
@@ -258,18 +269,19 @@ def test_a_long_life_keeps_nothing():
     def state():
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
-        return pages * os.sysconf("SC_PAGE_SIZE"), tensors, len(os.listdir("/proc/self/fd"))
+        things = gc.get_objects()
+        tensors = sum(issubclass(type(thing), torch.Tensor) for thing in things)
+        return pages * os.sysconf("SC_PAGE_SIZE"), len(things), tensors, len(os.listdir("/proc/self/fd"))
 
     for turn in range(2001):
         prompt = ROWS[turn % 3]["prompt"] + "." * (turn % 7)
         record = moderate_turn(guard, prompt, None, both(2.0), max_new_tokens=3, verdict_every=2)
         assert record["verdicts"] and not guard.gate.is_open
         if turn == 200:  # what is made once is there by now
-            memory, tensors, files = state()
-    after = state()
-    assert after[1:] == (tensors, files)
-    assert after[0] - memory < 4 * 2**20
+            before = state()
+    memory, things, *counts = (now - then for now, then in zip(state(), before, strict=True))
+    assert counts == [0, 0] and things < 200  # one thing a turn would be 1,800
+    assert memory < 8 * 2**20
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.05, 0.3, 0.62, 1.0])

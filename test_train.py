@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM, Lfm2Config
 
 import train
 from conftest import make_model, make_tokenizer
@@ -578,6 +579,18 @@ def test_bad_arguments_are_refused_before_anything_is_written(arguments, model_f
     with pytest.raises((UserError, SystemExit)):
         run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, *arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_guarded_is_refused_before_the_folder_is_taken(rows, tmp_path, monkeypatch):
+    """Kills: finding it out in the first step, when the command that is put right finds its folder taken."""
+    shape = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Lfm2Config(**shape, num_key_value_heads=2, intermediate_size=48, layer_types=["conv", "full_attention"])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hybrid")
+    make_tokenizer().save_pretrained(tmp_path / "hybrid")
+    for options in ([], ["--cache-dir", tmp_path / "caches"]):
+        with pytest.raises(UserError, match="cannot borrow a LinearAttentionLayer"):
+            run(monkeypatch, tmp_path / "hybrid", tmp_path / "run", "--dataset", rows, *options)
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(model_folder, rows, tmp_path, monkeypatch):

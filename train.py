@@ -23,7 +23,18 @@ from accelerate.utils import LoggerType, set_seed
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from data import BEAVERTAILS, SPLITS, answer_start, conversation, encode, epoch_batches, is_answer, labels, load_splits
+from data import (
+    BEAVERTAILS,
+    SPLITS,
+    answer_start,
+    conversation,
+    encode,
+    encode_row,
+    epoch_batches,
+    is_answer,
+    labels,
+    load_splits,
+)
 from evaluate import best_threshold, fit_temperature, metrics, threshold_at_fpr
 from lora import UserError, first_line, run, trainable
 from model import EMBEDDED, GUARD, NEVER, GuardedChat, Thresholds, load_chat_model, probabilities, write_whole
@@ -107,6 +118,7 @@ def main():
     guard = GuardedChat(chat_model, tokenizer, categories=categories, **settings)
     dtype = str(chat_model.dtype).removeprefix("torch.")
     guard.to(accelerator.device).use_fast_dtype()
+    guard.score([encode(tokenizer, "Hello")])  # what cannot be guarded is refused before the folder is taken
     config = {"base_model": args.hf_model_id, "dtype": dtype, **guard.settings}
     config |= {"threshold": 0.5, "prompt_threshold": NEVER.prompt, "calibration": guard.calibration}
     config["rows"] = {split: digest(rows[split]) for split in SPLITS}
@@ -122,7 +134,7 @@ def main():
         guard.keep_caches(args.cache_dir)
 
     # Every text is tokenised once; what does not fit the context is left out here, and judged in windows in use.
-    texts = {split: [encode(tokenizer, *conversation(row)) for row in rows[split]] for split in SPLITS}
+    texts = {split: [encode_row(tokenizer, row) for row in rows[split]] for split in SPLITS}
     fits = [len(ids) <= guard.max_tokens for ids in texts["train"]]
     if not all(fits):
         accelerator.print(f"left out {fits.count(False)} training rows of more than {guard.max_tokens} tokens")
@@ -340,7 +352,10 @@ def open_output(output, config, resume):
 
 def digest(rows):
     """What tells the rows of a split, in their order, from others."""
-    known = [[*conversation(row), row["category"], row["is_safe"]] for row in rows]
+    known = []
+    for row in rows:
+        prompt, response, history = conversation(row)
+        known.append([prompt, response, row["category"], row["is_safe"], *history])
     return f"{len(rows)}, sha256 {hashlib.sha256(json.dumps(known).encode()).hexdigest()}"
 
 
