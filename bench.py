@@ -195,22 +195,27 @@ def time_training(args, guard, texts, targets, rounds):
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     batches = [order[start : start + BATCH] for start in range(0, len(order) - BATCH + 1, BATCH)]
     ours = batches[len(batches) // 8 :: max(1, len(batches) // 4)]  # of all lengths: the middle of each quarter
-    theirs = [row for batch in ours for row in batch][: BATCH // 4 if args.quick else BATCH]
+    learnt = [row for batch in ours for row in batch]
+    theirs = learnt[: BATCH // 4 if args.quick else BATCH]
     step, peer = our_step(guard, texts, targets), their_step(args, dtype_of(guard), texts, targets)
     contestants = {"ours": lambda: [step(batch) for batch in ours], "peer": lambda: peer(theirs)}
     seconds = medians(contestants, rounds)
-    rows = {"ours": sum(map(len, ours)), "peer": len(theirs)}
-    return {name: (seconds[name], rows[name]) for name in seconds}, [row for batch in ours for row in batch]
+    rows = {"ours": len(learnt), "peer": len(theirs)}
+    return {name: (seconds[name], rows[name]) for name in seconds}, learnt
+
+
+def peft_config(guard, **options):
+    """The settings of a guard's adapters as peft's."""
+    names = sorted({name.rpartition(".")[2] for name, m in guard.named_modules() if isinstance(m, LoRALinear)})
+    r, lora_alpha = guard.settings["lora_r"], guard.settings["lora_alpha"]
+    return peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=names, **options)
 
 
 @torch.no_grad()
 def time_forward(args, full, texts, rounds):
     """Seconds of the `full` path's pass over one batch, and of peft's with the same targets and tensors."""
-    dtype = dtype_of(full)
-    chat_model, _ = load_chat_model(args.model, dtype)
-    names = sorted({name.rpartition(".")[2] for name, m in full.named_modules() if isinstance(m, LoRALinear)})
-    config = peft.LoraConfig(r=full.settings["lora_r"], lora_alpha=full.settings["lora_alpha"], target_modules=names)
-    theirs = peft.get_peft_model(chat_model, config, autocast_adapter_dtype=False).eval()
+    chat_model, _ = load_chat_model(args.model, dtype_of(full))
+    theirs = peft.get_peft_model(chat_model, peft_config(full), autocast_adapter_dtype=False).eval()
     tensors = {name: tensor for name, tensor in full.adapter().items() if "lora_" in name}
     peft.set_peft_model_state_dict(theirs, tensors)
     ids, mask = full._pad(texts, "right")
@@ -227,11 +232,9 @@ def time_forward(args, full, texts, rounds):
 def load_in_peft(args, guard):
     """How far the logits of a saved adapter, loaded by peft from its folder, are from the guard's own."""
     ids, question = encode(guard.tokenizer, PROMPT), guard.guard_prompt_ids[0].tolist()
-    names = sorted({name.rpartition(".")[2] for name, m in guard.named_modules() if isinstance(m, LoRALinear)})
     invocation = {} if guard.is_full else {"alora_invocation_tokens": question}
-    lora = {"r": guard.settings["lora_r"], "lora_alpha": guard.settings["lora_alpha"], "target_modules": names}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        peft.LoraConfig(task_type="CAUSAL_LM", **lora, **invocation).save_pretrained(folder)
+        peft_config(guard, task_type="CAUSAL_LM", **invocation).save_pretrained(folder)
         guard.save_adapter(Path(folder) / "adapter_model.safetensors")
         chat_model, _ = load_chat_model(args.model, dtype_of(guard))
         theirs = peft.PeftModel.from_pretrained(chat_model, folder).eval()

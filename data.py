@@ -281,6 +281,12 @@ def answer_start(prompt_ids, ids):
     return next(differ, min(len(prompt_ids), len(ids)))
 
 
+def answer_start_of(tokenizer, row, ids):
+    """Where the answer of a row begins in `ids`, which encode_row makes of it."""
+    prompt, _, history = conversation(row)
+    return answer_start(encode(tokenizer, prompt, history=history), ids)
+
+
 def epoch_batches(lengths, batch_size, batches_per_update, generator):
     """One epoch of row numbers: lists of `batch_size`, shuffled; each run of `batches_per_update` lists is one update.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from data import answer_start, conversation, encode, encode_row, evaluation_rows, is_answer, prompt_key
+from data import answer_start_of, encode_row, evaluation_rows, is_answer, prompt_key
 from lora import UserError, first_line, run
 from model import load_guard, probabilities, verdict_fields, write_whole
 
@@ -133,9 +133,8 @@ def running_scores(guard, rows, every):
     """Unsafe probabilities as the answers grow, [[(tokens, probability), ...] for each row], the last on all of it."""
     answers = []
     for row in rows:
-        prompt, response, history = conversation(row)
-        ids = encode(guard.tokenizer, prompt, response, history)
-        start = answer_start(encode(guard.tokenizer, prompt, history=history), ids)
+        ids = encode_row(guard.tokenizer, row)
+        start = answer_start_of(guard.tokenizer, row, ids)
         answers.append([(tokens, ids[: start + tokens]) for tokens in range(every, len(ids) - start, every)])
         answers[-1].append((len(ids) - start, ids))
     logits = guard.score([ids for answer in answers for _, ids in answer])

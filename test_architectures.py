@@ -9,6 +9,7 @@ from conftest import GROUPED, KINDS, make_guard, make_model, make_tokenizer
 from data import encode
 from lora import LoRALinear, UserError
 from model import NEVER, GuardedChat, fingerprint, load_chat_model
+from test_generate import guard_of, plain, until
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 NEOX = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
@@ -57,17 +58,12 @@ def test_an_architecture_is_guarded_from_training_to_generation(kind, path, tmp_
 
     scores = guard.score(conversations)
     guard.save_adapter(tmp_path / "adapter.safetensors")
-    loaded = make_guard(kind, guard_path=path)
+    loaded = guard_of(kind, guard_path=path)
     loaded.load_adapter(tmp_path / "adapter.safetensors")
     assert torch.equal(loaded.score(conversations), scores)
 
-    plain, width = make_model(kind), max(map(len, conversations))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in conversations])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in conversations])
-    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 2}
-    wanted = plain.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
     answers = loaded.generate(conversations, NEVER, max_new_tokens=20, verdict_every=8)
-    assert [answer.ids for answer in answers] == [row[: row.index(2)] if 2 in row else row for row in wanted]
+    assert [answer.ids for answer in answers] == [until(row, 2) for row in plain(loaded, conversations)]
     for conversation, answer in zip(conversations, answers, strict=True):
         tokens, verdict = answer.verdicts[-1]
         alone = loaded.score([conversation + answer.ids[:tokens]]).sigmoid()[0]

@@ -214,7 +214,7 @@ def test_of_messages_the_last_turn_is_judged_after_those_before(tokenizer, tmp_p
     """Kills: a history that is lost or cut, an answer taken for a prompt, a system message that is not read."""
     answered = [*CONVERSATION, said("assistant", "the answer")]
     rows = [{"messages": CONVERSATION, "is_safe": True}, {"messages": answered, "is_safe": False}]
-    rows[0]["messages"] = [said | {"name": None} for said in CONVERSATION]
+    rows[0]["messages"] = [message | {"name": None} for message in CONVERSATION]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     for path in (write(tmp_path / "rows.jsonl", rows), tmp_path / "rows.parquet"):
         prompt, pair = evaluation_rows([path])

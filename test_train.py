@@ -20,7 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
-from transformers import AutoModelForCausalLM, Lfm2Config
+from transformers import AutoModelForCausalLM
 
 import train
 from conftest import make_model, make_tokenizer
@@ -28,6 +28,7 @@ from data import encode, load_splits
 from evaluate import best_threshold
 from lora import UserError
 from model import GuardedChat, probabilities
+from test_architectures import REFUSED
 from test_data import make_rows, write
 from train import calibrate, choose_thresholds, guard_loss, learning_rate
 
@@ -584,8 +585,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(arguments, model_f
 
 def test_a_model_that_cannot_be_guarded_is_refused_before_the_folder_is_taken(rows, tmp_path, monkeypatch):
     """Kills: finding it out in the first step, when the command that is put right finds its folder taken."""
-    shape = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Lfm2Config(**shape, num_key_value_heads=2, intermediate_size=48, layer_types=["conv", "full_attention"])
+    config, _ = REFUSED["hybrid of convolution and attention"]
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hybrid")
     make_tokenizer().save_pretrained(tmp_path / "hybrid")
     for options in ([], ["--cache-dir", tmp_path / "caches"]):

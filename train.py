@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from data import (
     BEAVERTAILS,
     SPLITS,
-    answer_start,
+    answer_start_of,
     conversation,
     encode,
     encode_row,
@@ -147,9 +147,8 @@ def main():
     lengths = torch.tensor([len(ids) for ids in texts["train"]])
     starts = lengths  # of `full`, which judges no answer before its end, no answer is cut
     if not guard.is_full:
-        turns = [conversation(row) for row in rows["train"]]
-        prompts = [encode(tokenizer, prompt, history=history) for prompt, _, history in turns]
-        starts = torch.tensor([answer_start(*pair) for pair in zip(prompts, texts["train"], strict=True)])
+        pairs = zip(rows["train"], texts["train"], strict=True)
+        starts = torch.tensor([answer_start_of(tokenizer, row, ids) for row, ids in pairs])
     positives, known = targets["train"].nansum(0), (~targets["train"].isnan()).sum(0)
     # Without positives the weight would be infinite; as no term then carries it, any finite one serves.
     pos_weight = ((known - positives) / positives.clamp(min=1)).to(accelerator.device)
