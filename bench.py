@@ -76,7 +76,7 @@ def load(args, **settings):
     settings = {"categories": [f"category {number}" for number in range(14)]} | settings
     guard = GuardedChat(*load_chat_model(args.model, args.dtype), **settings)
     if not args.dtype:
-        guard.use_fast_dtype()
+        guard.tune_for_cpu()
     return guard
 
 

@@ -217,6 +217,20 @@ def _in_our_columns(row, where):
     return row | {"is_safe": "1" not in known}
 
 
+def with_tails(rows, generator):
+    """A quarter of the rows with a safe row's answer behind their text, for what is harmful stays so before any text.
+
+    Without such rows a guard judges the last paragraph that it reads. Of conversations, none is taken.
+    """
+    tails, found = [row["response"] for row in rows if row["is_safe"] and is_answer(row["response"])], []
+    for row in rows if tails else ():
+        if row.get("messages") is None and torch.rand((), generator=generator) < 1 / 4:
+            last = "response" if is_answer(row["response"]) else "prompt"
+            tail = tails[torch.randint(len(tails), (), generator=generator)]
+            found.append(row | {last: f"{row[last]}\n\n{tail}"})
+    return found
+
+
 def labels(rows, names):
     """What the guard's outputs should be, (rows, 1 + K) fp32: unsafe, then the K categories; NaN where unknown."""
     unknown = dict.fromkeys(names, math.nan)

@@ -196,7 +196,7 @@ def main():
     if args.scores and any(args.scores.exists() and args.scores.samefile(path) for path in args.dataset):
         raise UserError(f"writing {args.scores} would destroy the rows; name another file for --scores")
     guard, thresholds = load_guard(args.config, args.adapter, args.device_id, args.threshold)
-    guard.use_fast_dtype()
+    guard.tune_for_cpu()
 
     texts = [encode_row(guard.tokenizer, row) for row in rows]
     scores = probabilities(guard.score(texts), guard.calibration).numpy()  # (N, 1 + K)

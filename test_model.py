@@ -17,7 +17,7 @@ import model as model_module
 from conftest import CONTEXT, make_guard, make_model, make_tokenizer
 from data import encode
 from lora import LoRALinear, UserError
-from model import GUARD, GuardedChat, load_guard, probabilities, write_whole
+from model import GUARD, GuardedChat, load_guard, probabilities, short_attention, write_whole
 
 KINDS = ["llama", "mistral", "gpt2"]
 PATHS = ["activated", "full"]
@@ -165,6 +165,19 @@ def test_heads():
     assert make_guard().adapter()["guard_head.weight"].shape == (3, 32)
 
 
+def test_attention_over_many_tokens_is_left_to_torchs_kernel(monkeypatch):
+    """Kills: a matrix of scores that fills the memory for a long text, and a limit that short ones are beyond."""
+    calls = []
+    monkeypatch.setattr("model.sdpa_attention_forward", lambda *arguments, **options: calls.append(arguments[1].shape))
+    long, short, one = (torch.zeros(1, 2, tokens, 4) for tokens in (257, 256, 1))
+    module = torch.nn.Module()
+    short_attention(module, short, short, short, None)
+    short_attention(module, one, long, long, None)
+    assert not calls
+    short_attention(module, long, long, long, None)
+    assert calls == [long.shape]
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_long_text_is_seen_whole_and_its_worst_window_counts(path, monkeypatch):
     """Kills: cutting at the context, windows without overlap, the last or the mean window instead of the worst."""
@@ -297,7 +310,7 @@ def test_16_bits_are_left_where_the_processor_has_no_instructions_for_them(store
     guard = make_guard()
     guard.chat_model.to(stored)
     before = {name: tensor.clone() for name, tensor in guard.chat_model.state_dict().items()}
-    guard.use_fast_dtype()
+    guard.tune_for_cpu()
     for name, tensor in guard.chat_model.state_dict().items():
         assert tensor.dtype == wanted and torch.equal(tensor, before[name].to(wanted))
 
@@ -306,7 +319,7 @@ def test_16_bits_stay_on_a_gpu(monkeypatch):
     """Kills: the processor's instructions asked for where it does not compute."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     guard = make_guard()
-    guard.to(torch.bfloat16).to("meta").use_fast_dtype()
+    guard.to(torch.bfloat16).to("meta").tune_for_cpu()
     assert guard.chat_model.dtype == torch.bfloat16
 
 

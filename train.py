@@ -34,11 +34,13 @@ from data import (
     is_answer,
     labels,
     load_splits,
+    with_tails,
 )
 from evaluate import best_threshold, fit_temperature, metrics, threshold_at_fpr
 from lora import UserError, first_line, run, trainable
 from model import EMBEDDED, GUARD, NEVER, GuardedChat, Thresholds, load_chat_model, probabilities, write_whole
 
+SHORTEST_WINDOW = 256  # tokens, lest ordinary texts be cut up where the rows to learn from are short
 PROMPT_FPR = 0.02  # to refuse a harmless question is worse than to answer a harmful one, for answers are judged too
 
 
@@ -56,6 +58,7 @@ def parse_arguments():
         action="store_true",
         help="learn each answer once more as a text by itself, without its prompt",
     )
+    add("--tails", action="store_true", help="learn a quarter of the rows once more with a safe text behind them")
     add("--guard-path", choices=("activated", "full"), help="full is the paper's")
     add("--guard-prompt", help="the question behind the conversation, on the activated path")
     names = "all-linear, names as q_proj,v_proj (the paper's), or none: the head alone learns"
@@ -65,7 +68,8 @@ def parse_arguments():
     add("--lora-dropout", type=float)
     add("--no-unsafe-head", dest="unsafe_head", action="store_false", help="the largest category logit stands for it")
     add("--no-clf-head-bias", dest="clf_head_bias", action="store_false")
-    parser.set_defaults(**{name: value for name, value in GUARD.items() if name != "categories"})
+    from_rows = ("categories", "window")
+    parser.set_defaults(**{name: value for name, value in GUARD.items() if name not in from_rows})
     add("--epochs", type=int, default=3)
     add("--per-device-batch-size", type=int, default=16)
     add("--gradient-accumulation-steps", type=int, default=1)
@@ -113,11 +117,13 @@ def main():
     if args.answers_alone:
         answers = [row for row in rows["train"] if is_answer(row["response"])]
         rows["train"] += [row | {"prompt": row["response"], "response": None, "messages": None} for row in answers]
+    if args.tails:
+        rows["train"] += with_tails(rows["train"], torch.Generator().manual_seed(args.seed))
     chat_model, tokenizer = load_chat_model(args.hf_model_id)
     settings = {name: value for name, value in vars(args).items() if name in GUARD}
     guard = GuardedChat(chat_model, tokenizer, categories=categories, **settings)
     dtype = str(chat_model.dtype).removeprefix("torch.")
-    guard.to(accelerator.device).use_fast_dtype()
+    guard.to(accelerator.device).tune_for_cpu()
     guard.score([encode(tokenizer, "Hello")])  # what cannot be guarded is refused before the folder is taken
     config = {"base_model": args.hf_model_id, "dtype": dtype, **guard.settings}
     config |= {"threshold": 0.5, "prompt_threshold": NEVER.prompt, "calibration": guard.calibration}
@@ -145,6 +151,8 @@ def main():
     targets = {split: labels(rows[split], categories) for split in SPLITS}  # (rows, 1 + K)
     answered = {split: np.array([is_answer(row["response"]) for row in rows[split]], bool) for split in SPLITS}
     lengths = torch.tensor([len(ids) for ids in texts["train"]])
+    # A guard of short rows forgets what was harmful a few paragraphs ago, so it is shown no more at once than it knows.
+    guard.settings["window"] = config["window"] = max(SHORTEST_WINDOW, int(lengths.float().quantile(0.99)))
     starts = lengths  # of `full`, which judges no answer before its end, no answer is cut
     if not guard.is_full:
         pairs = zip(rows["train"], texts["train"], strict=True)
