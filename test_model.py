@@ -178,10 +178,12 @@ def test_attention_over_many_tokens_is_left_to_torchs_kernel(monkeypatch):
     assert calls == [long.shape]
 
 
+@pytest.mark.parametrize("window", [None, 100, 10**6])
 @pytest.mark.parametrize("path", PATHS)
-def test_a_long_text_is_seen_whole_and_its_worst_window_counts(path, monkeypatch):
-    """Kills: cutting at the context, windows without overlap, the last or the mean window instead of the worst."""
-    guard, seen = make_guard(guard_path=path), []
+def test_a_long_text_is_seen_whole_and_its_worst_window_counts(path, window, monkeypatch):
+    """Kills: cutting at the context, windows longer than that or than the guard's own, windows without overlap, the
+    last or the mean window instead of the worst."""
+    guard, seen = make_guard(guard_path=path, window=window), []
     monkeypatch.setattr(
         guard, "forward", lambda ids: seen.extend(ids) or torch.tensor([[max(i) * 1.0] * 3 for i in ids])
     )
@@ -189,7 +191,7 @@ def test_a_long_text_is_seen_whole_and_its_worst_window_counts(path, monkeypatch
     assert guard.score([text, [5, 4]])[:, 0].tolist() == [902, 5]
     assert guard.score([text[::-1]])[:, 0].tolist() == [902]
     windows = [window for window in seen if len(window) > 2 and window[0] < window[1]]
-    assert max(map(len, windows)) == guard.max_tokens <= CONTEXT
+    assert max(map(len, windows)) == (window if window == 100 else guard.max_tokens) <= CONTEXT
     pairs = {pair for window in windows for pair in pairwise(window)}
     assert pairs == set(pairwise(text))
 

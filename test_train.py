@@ -27,7 +27,7 @@ from conftest import make_model, make_tokenizer
 from data import encode, load_splits
 from evaluate import best_threshold
 from lora import UserError
-from model import GuardedChat, probabilities
+from model import GuardedChat, load_guard, probabilities
 from test_architectures import REFUSED
 from test_data import make_rows, write
 from train import calibrate, choose_thresholds, guard_loss, learning_rate
@@ -158,18 +158,25 @@ def test_accumulating_four_batches_equals_one_of_four_times_the_size(model_folde
     assert all(float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-4) for a, b in zip(ours, theirs, strict=True))
 
 
-def launch(processes, *arguments):
-    """The launch command of the README, on the CPU."""
+def start(processes, *arguments):
+    """The launch command of the README, on the CPU; the process that it has become."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi-gpu", f"--num-processes={processes}"]
     command += ["--mixed-precision=no", "--main_process_port=0", SCRIPT, *map(str, arguments)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def launch(processes, *arguments):
+    process = start(processes, *arguments)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    return output
 
 
 def test_two_processes_train_and_score_as_one_does(model_folder, rows, tmp_path, monkeypatch):
     """Kills: gradients that are not averaged, processes on the same batches, rows scored twice or by nobody."""
-    result = launch(2, model_folder, tmp_path / "two", "--dataset", rows, *COMMON, "--per-device-batch-size=8")
-    assert result.returncode == 0, result.stderr[-2000:]
+    launch(2, model_folder, tmp_path / "two", "--dataset", rows, *COMMON, "--per-device-batch-size=8")
     run(monkeypatch, model_folder, tmp_path / "one", "--dataset", rows, *COMMON, "--per-device-batch-size=16")
     assert close(tensors(tmp_path / "one"), tensors(tmp_path / "two"), 2e-4)
     for ours, theirs in zip(*(table(tmp_path / name, "metrics.csv") for name in ("one", "two")), strict=True):
@@ -235,6 +242,22 @@ def test_a_run_that_is_told_to_stop_saves_first_and_ends_as_if_undisturbed(
     run(monkeypatch, model_folder, tmp_path / "stopped", *arguments, "--resume")
     assert learnt == [update for update in range(27) for _ in range(2)]
     same_files(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_told_to_stop_end_at_one_update(model_folder, rows, tmp_path):
+    """Kills: a process that stops by itself, so that the other waits for it for ever; a state of another update."""
+    arguments = ["--dataset", rows, *LONG, "--epochs=12"]
+    launch(2, model_folder, tmp_path / "whole", *arguments)
+    process, state = start(2, model_folder, tmp_path / "run", *arguments), tmp_path / "run/checkpoints/state.pt"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode and output.count("go on with --resume") == 1
+    assert len(table(tmp_path / "whole", "train_losses.csv")) > torch.load(state)["update"]
+    launch(2, model_folder, tmp_path / "run", *arguments, "--resume")
+    same_files(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_second_ctrl_c_does_not_wait(monkeypatch):
@@ -486,6 +509,36 @@ def test_answers_alone_are_learnt_beside_their_pairs(model_folder, rows, tmp_pat
         (row["prompt"], row["response"], row["category"], row["is_safe"]) for row in learnt[len(splits["train"]) :]
     ]
     assert alone == [(row["response"], None, row["category"], row["is_safe"]) for row in splits["train"]]
+
+
+def test_tails_are_learnt_beside_the_rows_that_they_were_put_behind(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: tails in place of rows, in validation or test rows, from those, or drawn anew in a second run."""
+    seen, labels = [], train.labels
+    monkeypatch.setattr(train, "labels", lambda rows, names: seen.append(rows) or labels(rows, names))
+    for name in ("one", "two"):
+        run(monkeypatch, model_folder, tmp_path / name, "--dataset", rows, "--epochs=1", "--tails")
+    splits, _ = load_splits([rows])
+    learnt, *others = seen[:3]
+    assert learnt[: len(splits["train"])] == splits["train"] and others == [splits["validation"], splits["test"]]
+    tails = {row["response"].split("\n\n")[1] for row in learnt[len(splits["train"]) :]}
+    assert tails and tails <= {row["response"] for row in splits["train"]}
+    assert seen[:3] == seen[3:]
+
+
+def test_the_window_is_as_long_as_nearly_all_rows_that_were_learnt_from(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: the context, the mean, or the longest row for a window, one that is not saved, and one of no tokens."""
+    run(monkeypatch, model_folder, tmp_path / "short", "--dataset", rows, "--epochs=1")
+    assert json.loads((tmp_path / "short/config.json").read_text())["window"] == train.SHORTEST_WINDOW
+    monkeypatch.setattr(train, "SHORTEST_WINDOW", 1)
+    monkeypatch.setattr(train, "encode_row", lambda tokenizer, row: [5] * (int(row["prompt"].split()[1]) + 3))
+    monkeypatch.setattr(train, "answer_start_of", lambda tokenizer, row, ids: 1)
+    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, "--epochs=1")
+    splits, _ = load_splits([rows])
+    lengths = sorted(int(row["prompt"].split()[1]) + 3 for row in splits["train"])
+    window = json.loads((tmp_path / "run/config.json").read_text())["window"]
+    assert window == int(np.quantile(lengths, 0.99)) > lengths[len(lengths) // 2]
+    guard, _ = load_guard(tmp_path / "run/config.json", device_id=-1)
+    assert guard.window == window < guard.max_tokens
 
 
 def test_rows_of_messages_are_learnt_as_the_same_rows_of_pairs_are(model_folder, rows, tmp_path, monkeypatch):

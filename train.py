@@ -231,6 +231,7 @@ def main():
                 if stop:
                     accelerator.print(f"stopped after update {update}, which is saved: go on with --resume")
                     accelerator.wait_for_everyone()  # or a process that leaves first takes down the one that writes
+                    model, optimizer = accelerator.free_memory(model, optimizer)
                     accelerator.end_training()
                     sys.exit(128 + max(stops, default=signal.SIGTERM))
 
@@ -254,6 +255,8 @@ def main():
         save_state(accelerator, output, guard, optimizer, state, sums)  # last, when the other files are there
         figures = (f"{s} AUPRC {row[f'{s}/auprc']:.3f} F1 {row[f'{s}/f1']:.3f}" for s in SPLITS)
         accelerator.print(f"epoch {epoch}: {', '.join(figures)}")
+    # Left to the end of the process, torch's reducer may wait for a thread that waits for Python's lock.
+    model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
     if config["prompt_threshold"] == NEVER.prompt:
         accelerator.print(
