@@ -47,7 +47,11 @@ def auroc(labels, scores):
 
 
 def best_threshold(labels, scores):
-    """The score from which flagging gives the highest F1, half-way to the next lower score that there is."""
+    """The score from which flagging gives the highest F1, half-way to the next lower score that there is.
+
+    labels, scores: (N,). With calibrated probabilities for labels it is the highest F1 to be expected, which does not
+    move with the few rows near the threshold as the measured one does (Lipton et al., arXiv 1402.1892).
+    """
     thresholds, positives, flagged = _curve(labels, scores)
     best = np.argmax(2 * positives / (flagged + labels.sum()))
     return float(thresholds[best : best + 2].mean())

@@ -464,11 +464,34 @@ def test_thresholds_are_chosen_for_answers_by_f1_and_for_prompts_by_few_refusals
     labels = np.array([0, 1, 1, 0, 0, 1, 0, 1, 1])
     scores = np.array([0.1, 0.3, 0.5, 0.2, 0.05, 0.15, 0.6, 0.15, 0.8])
     answered = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0], bool)
-    assert choose_thresholds(labels, scores, answered, None) == pytest.approx((0.7, 0.25))
-    assert choose_thresholds(labels, scores, answered, 0.5) == pytest.approx((0.1, 0.25))
-    assert choose_thresholds(labels[:4], scores[:4], answered[:4], None) == pytest.approx((2.0, 0.25))
-    assert choose_thresholds(labels[3:], scores[3:], answered[3:], None)[0] == pytest.approx(0.7)
-    assert choose_thresholds(labels[3:], scores[3:], answered[3:], None)[1] == best_threshold(labels[3:], scores[3:])
+    assert choose_thresholds(labels, scores, answered, None, False) == pytest.approx((0.7, 0.25))
+    assert choose_thresholds(labels, scores, answered, 0.5, False) == pytest.approx((0.1, 0.25))
+    assert choose_thresholds(labels[:4], scores[:4], answered[:4], None, False) == pytest.approx((2.0, 0.25))
+    assert choose_thresholds(labels[3:], scores[3:], answered[3:], None, False)[0] == pytest.approx(0.7)
+    assert choose_thresholds(labels[3:], scores[3:], answered[3:], None, False)[1] == best_threshold(
+        labels[3:], scores[3:]
+    )
+
+
+def test_the_threshold_of_calibrated_answers_is_that_of_the_f1_to_be_expected():
+    """Kills: labels, of which few rows near the threshold decide, prompts that take part, the rule for a guard without
+    the unsafe output, whose scores are no probabilities, or in place of a false positive rate that is named."""
+    generator = np.random.default_rng(0)
+    scores = generator.random(100_000) ** 2
+    labels, answered = (generator.random(100_000) < scores).astype(float), np.arange(100_000) % 4 > 0
+    wanted = choose_thresholds(labels, scores, answered, None, False).response
+    assert choose_thresholds(labels, scores, answered, None, True).response == pytest.approx(wanted, abs=0.02)
+    draws = [slice(start, start + 400) for start in range(0, 20_000, 400)]
+    spread = {}
+    for rule in (False, True):
+        found = [choose_thresholds(labels[few], scores[few], answered[few], None, rule).response for few in draws]
+        spread[rule] = np.std(found)
+    assert spread[True] < spread[False] / 3
+    others = np.where(answered, scores, 0.9)
+    assert choose_thresholds(labels, others, answered, None, True).response == pytest.approx(wanted, abs=0.02)
+    assert choose_thresholds(labels, scores, answered, 0.1, True) == choose_thresholds(
+        labels, scores, answered, 0.1, False
+    )
 
 
 def test_prompts_alone_are_learnt_and_get_their_threshold(model_folder, tmp_path, monkeypatch, capsys):
@@ -482,7 +505,7 @@ def test_prompts_alone_are_learnt_and_get_their_threshold(model_folder, tmp_path
     both = write(tmp_path / "rows.jsonl", [long, *rows, *alone])
     run(monkeypatch, model_folder, tmp_path / "run", "--dataset", both, "--epochs=1")
     [row], config = table(tmp_path / "run", "metrics.csv"), json.loads((tmp_path / "run/config.json").read_text())
-    logits, targets, answered, _, calibration, _ = seen[0]
+    logits, targets, answered, _, calibration, *_ = seen[0]
     for split in train.SPLITS:
         assert len(logits[split]) == len(targets[split]) == len(answered[split])
         assert 0.3 < answered[split].mean() < 0.7 and (answered[split] == ~targets[split][:, 1].isnan().numpy()).all()

@@ -244,7 +244,8 @@ def main():
             logits[split][mine] = guard.score([texts[split][row] for row in mine], args.eval_batch_size)
             logits[split] = add_up(accelerator, logits[split])
         calibration = calibrate(logits["validation"], targets["validation"], pos_weight.cpu(), guard.unsafe_head)
-        row = {"epoch": epoch} | epoch_metrics(logits, targets, answered, categories, calibration, args.max_fpr)
+        found = epoch_metrics(logits, targets, answered, categories, calibration, args.max_fpr, guard.unsafe_head)
+        row = {"epoch": epoch} | found
         state["metrics"].append(row)
         accelerator.log(row, step=update)
         if is_best := row["validation/auprc"] > state["best_auprc"]:
@@ -293,16 +294,16 @@ def calibrate(logits, targets, pos_weight, unsafe_head):
     return {"shift": shift.tolist(), "temperature": temperature}
 
 
-def choose_thresholds(labels, scores, answered, max_fpr):
+def choose_thresholds(labels, scores, answered, max_fpr, calibrated):
     """Thresholds from validation rows: for answers the best F1, for prompts the highest recall that refuses few safe
     ones, or for both the highest recall at `max_fpr`. No prompt is refused where none was there to learn it from.
 
-    labels, scores, answered: (N,).
+    labels, scores, answered: (N,); calibrated: whether the scores are probabilities that F1 can be expected by.
     """
 
     def chosen(rows, limit):
         if limit is None:
-            return best_threshold(labels[rows], scores[rows])
+            return best_threshold((scores if calibrated else labels)[rows], scores[rows])
         return threshold_at_fpr(labels[rows], scores[rows], limit)[0]
 
     both = [len(np.unique(labels[rows])) == 2 for rows in (~answered, answered)]
@@ -310,12 +311,13 @@ def choose_thresholds(labels, scores, answered, max_fpr):
     return Thresholds(prompt, chosen(answered if both[1] else slice(None), max_fpr))
 
 
-def epoch_metrics(logits, targets, answered, categories, calibration, max_fpr):
+def epoch_metrics(logits, targets, answered, categories, calibration, max_fpr, unsafe_head):
     """A row of metrics.csv: "split/metric" at the thresholds chosen on validation, "split/category/metric" where the
     category's logit turns positive, which in the loss weighs what is missed as much as what is flagged in vain."""
     scores = {split: probabilities(values, calibration)[:, 0].numpy() for split, values in logits.items()}
     labels = {split: values.numpy() for split, values in targets.items()}
-    thresholds = choose_thresholds(labels["validation"][:, 0], scores["validation"], answered["validation"], max_fpr)
+    label, score = labels["validation"][:, 0], scores["validation"]
+    thresholds = choose_thresholds(label, score, answered["validation"], max_fpr, calibrated=unsafe_head)
     row = {"threshold": thresholds.response, "prompt_threshold": thresholds.prompt}
     for split in SPLITS:
         flagged_from = np.where(answered[split], thresholds.response, thresholds.prompt)
