@@ -34,6 +34,7 @@ PROMPT = "Write a long story about a lighthouse keeper who teaches the children 
 LENGTHS = (128, 512, 2048, 8192)  # tokens of a conversation
 STEPS = (16, 8, 32)  # tokens from verdict to verdict, the default first
 BATCH = 16  # rows, the default of train.py
+SCORED = 32  # and that of GuardedChat.score
 GROWTH = {"rows": (4, 8, 16, 32), "length": (64, 128, 256, 512), "rank": (4, 16, 64)}  # around 16, 128 and 16
 
 
@@ -41,7 +42,6 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=EMBEDDED, help="chat model, as for train.py")
     parser.add_argument("--dataset", nargs="+", default=[str(Path(__file__).with_name("sample.jsonl"))])
-    parser.add_argument("--dtype", help="bfloat16 or float32; default: as train.py computes on this processor")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="less of everything, for a first look")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -74,14 +74,18 @@ def load(args, **settings):
     """A guard with random adapters, which take the time that trained ones would, of BeaverTails' 14 categories."""
     torch.manual_seed(0)
     settings = {"categories": [f"category {number}" for number in range(14)]} | settings
-    guard = GuardedChat(*load_chat_model(args.model, args.dtype), **settings)
-    if not args.dtype:
-        guard.tune_for_cpu()
-    return guard
+    return GuardedChat(*load_chat_model(args.model), **settings)
 
 
 def dtype_of(guard):
     return str(guard.chat_model.dtype).removeprefix("torch.")
+
+
+def sample(texts, size):
+    """Batches of texts of similar length, as row numbers: from the middle of each quarter, in the order of length."""
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    return batches[len(batches) // 8 :: max(1, len(batches) // 4)]
 
 
 # Generation.
@@ -191,10 +195,8 @@ def peak_operations(dtype, rounds):
 
 
 def time_training(args, guard, texts, targets, rounds):
-    """{"ours", "peer"}: (seconds, rows) of one pass over a sample of the batches; and our row numbers."""
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    batches = [order[start : start + BATCH] for start in range(0, len(order) - BATCH + 1, BATCH)]
-    ours = batches[len(batches) // 8 :: max(1, len(batches) // 4)]  # of all lengths: the middle of each quarter
+    """{"ours", "peer"}: (seconds, rows) of one pass over a sample of batches; and our row numbers."""
+    ours = sample(texts, BATCH)
     learnt = [row for batch in ours for row in batch]
     theirs = learnt[: BATCH // 4 if args.quick else BATCH]
     step, peer = our_step(guard, texts, targets), their_step(args, dtype_of(guard), texts, targets)
@@ -213,8 +215,9 @@ def peft_config(guard, **options):
 
 @torch.no_grad()
 def time_forward(args, full, texts, rounds):
-    """Seconds of the `full` path's pass over one batch, and of peft's with the same targets and tensors."""
+    """Seconds of the `full` path's pass over one batch, and of peft's with the same targets, tensors and attention."""
     chat_model, _ = load_chat_model(args.model, dtype_of(full))
+    chat_model.set_attn_implementation(full.chat_model.config._attn_implementation)
     theirs = peft.get_peft_model(chat_model, peft_config(full), autocast_adapter_dtype=False).eval()
     tensors = {name: tensor for name, tensor in full.adapter().items() if "lora_" in name}
     peft.set_peft_model_state_dict(theirs, tensors)
@@ -248,6 +251,7 @@ def load_in_peft(args, guard):
 def peak_of(args, what, rows, length, rank):
     """(seconds of the second step, peak resident bytes) of a process that trains or scores and does nothing else."""
     guard = load(args, lora_r=int(rank))
+    guard.tune_for_cpu()
     ids = (encode(guard.tokenizer, PROMPT) * int(length))[: int(length)]
     texts = [ids] * int(rows)
     targets = torch.zeros(len(texts), 1 + len(guard.categories))
@@ -266,7 +270,6 @@ def measure_growth(args):
             for value in values:
                 shape = {"rows": 16, "length": 128, "rank": 16} | {name: value}
                 command = [sys.executable, __file__, args.model, "--peak-of", what, *map(str, shape.values())]
-                command += ["--dtype", args.dtype] if args.dtype else []
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 found.setdefault(name, {}).setdefault(what, []).append((value, *json.loads(output)))
     return found
@@ -308,12 +311,15 @@ def main():
     if args.plot or args.plot_growth:
         import matplotlib.pyplot  # noqa: F401  before all is measured in vain
     rounds, lengths = (1, LENGTHS[:3]) if args.quick else (args.rounds, LENGTHS)
-    guard = load(args)
+    guard, full = load(args), load(args, guard_path="full")
+    guard.tune_for_cpu()
+    full.tune_for_cpu()
     dtype = dtype_of(guard)
     versions = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
     result = {"processor": processor(), "threads": torch.get_num_threads(), "dtype": dtype, "versions": versions}
 
-    rows = evaluation_rows(args.dataset)[:512]
+    if len(rows := evaluation_rows(args.dataset)[:512]) < SCORED:
+        raise UserError(f"there must be at least {SCORED} rows to measure with")
     texts = [encode(guard.tokenizer, *conversation(row)) for row in rows]
     targets = labels([row | {"category": None} for row in rows], guard.categories)
     limit = peak_operations(guard.chat_model.dtype, rounds)
@@ -325,21 +331,27 @@ def main():
     result["train_fraction_of_limit"] = needed / training["ours"][0] / limit
 
     guard.eval()
-    some = [texts[row] for row in learnt]
+    some = [texts[row] for batch in sample(texts, SCORED) for row in batch]
     seconds = medians({"score": lambda: guard.score(some)}, rounds)["score"]
     result["score_tokens_per_second"] = sum(map(len, some)) / seconds
     result["score_fraction_of_limit"] = operations(guard, map(len, some), training=False) / seconds / limit
 
-    full = load(args, guard_path="full")
     result |= {f"logits_from_peft_{g.settings['guard_path']}": load_in_peft(args, g) for g in (guard, full)}
     guard.cast_for_use()
     full.cast_for_use()
     forward = time_forward(args, full, some[-BATCH:], rounds)
     result |= {"lora_over_peft": forward["ours"] / forward["peer"], "logits_apart": forward["difference"]}
 
-    untouched, _ = load_chat_model(args.model, dtype)
+    # A chat is written as its model stores it, and with the attention that it has without a guard.
+    guard, full, (untouched, _) = load(args), load(args, guard_path="full"), load_chat_model(args.model)
+    guard.cast_for_use()
+    full.cast_for_use()
     stream = time_stream(guard, untouched, rounds)
-    result |= {"plain_seconds": stream["plain"], "off_over_plain": stream["off"] / stream["plain"]}
+    result |= {
+        "chat_dtype": dtype_of(guard),
+        "plain_seconds": stream["plain"],
+        "off_over_plain": stream["off"] / stream["plain"],
+    }
     result["stream_over_plain"] = stream[STEPS[0]] / stream["plain"]
     result |= {f"stream_over_plain_every_{every}": stream[every] / stream["plain"] for every in STEPS[1:]}
     verdicts = {length: time_verdicts(guard, full, length, rounds) for length in lengths}
@@ -357,7 +369,11 @@ def main():
         for name, value in result.items():
             print(f"{name:32}", value if isinstance(value, (str, int, dict)) else f"{value:.3f}")
     if args.plot:
-        draw(verdicts, args.plot, f"One verdict, {args.model} in {dtype}, {torch.get_num_threads()} CPU threads")
+        draw(
+            verdicts,
+            args.plot,
+            f"One verdict, {args.model} in {dtype_of(guard)}, {torch.get_num_threads()} CPU threads",
+        )
 
 
 def processor():

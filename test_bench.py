@@ -49,7 +49,7 @@ def test_a_verdict_is_timed_beside_one_decode_step_and_a_fresh_pass(monkeypatch)
 
 @pytest.fixture
 def args(model_folder):
-    return SimpleNamespace(model=model_folder, dtype="float32", quick=False)
+    return SimpleNamespace(model=model_folder, quick=False)
 
 
 @pytest.mark.parametrize("length", [7, 40])
@@ -115,7 +115,7 @@ def test_every_field_of_the_table_is_measured(model_folder, tmp_path, monkeypatc
     monkeypatch.setattr(bench, "GROWTH", {"rows": (1, 2)})
     monkeypatch.setattr(bench, "time_stream", lambda *_: {"plain": 2.0, "off": 2.5, 16: 3.0, 8: 4.0, 32: 2.0})
     plot = tmp_path / "growth.png"
-    arguments = [model_folder, "--dtype=float32", "--quick", "--json", "--plot-growth", plot]
+    arguments = [model_folder, "--quick", "--json", "--plot-growth", plot]
     monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments)])
     bench.main()
     result = json.loads(capsys.readouterr().out)
