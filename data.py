@@ -218,13 +218,13 @@ def _in_our_columns(row, where):
 
 
 def with_tails(rows, generator):
-    """A quarter of the rows with a safe row's answer behind their text, for what is harmful stays so before any text.
+    """An eighth of the rows with a safe row's answer behind their text, for what is harmful stays so before any text.
 
     Without such rows a guard judges the last paragraph that it reads. Of conversations, none is taken.
     """
     tails, found = [row["response"] for row in rows if row["is_safe"] and is_answer(row["response"])], []
     for row in rows if tails else ():
-        if row.get("messages") is None and torch.rand((), generator=generator) < 1 / 4:
+        if row.get("messages") is None and torch.rand((), generator=generator) < 1 / 8:
             last = "response" if is_answer(row["response"]) else "prompt"
             tail = tails[torch.randint(len(tails), (), generator=generator)]
             found.append(row | {last: f"{row[last]}\n\n{tail}"})

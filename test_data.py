@@ -369,7 +369,7 @@ def test_a_control_token_that_the_template_puts_together_is_defused_too(tokenize
 # Batches.
 
 
-def test_tails_are_safe_texts_behind_a_quarter_of_the_rows_and_change_no_label():
+def test_tails_are_safe_texts_behind_an_eighth_of_the_rows_and_change_no_label():
     """Kills: a tail before the text, in its place, behind a prompt that has an answer, or from an unsafe row; labels
     that are lost; conversations without their history; an answerless row as a tail."""
     rows = make_rows(400)
@@ -379,7 +379,7 @@ def test_tails_are_safe_texts_behind_a_quarter_of_the_rows_and_change_no_label()
     by_text = {(row["prompt"], row["response"]): row for row in rows if row["response"] or not row.get("messages")}
     tails = {row["response"] for row in rows if row["is_safe"] and row["response"]}
     found = with_tails(rows, torch.Generator().manual_seed(0))
-    assert 150 < len(found) < 250 and {bool(row["response"]) for row in found} == {True, False}
+    assert 70 < len(found) < 130 and {bool(row["response"]) for row in found} == {True, False}
     for row in found:
         last = "response" if row["response"] else "prompt"
         text, tail = row[last].split("\n\n")

@@ -58,7 +58,7 @@ def parse_arguments():
         action="store_true",
         help="learn each answer once more as a text by itself, without its prompt",
     )
-    add("--tails", action="store_true", help="learn a quarter of the rows once more with a safe text behind them")
+    add("--tails", action="store_true", help="learn an eighth of the rows once more with a safe text behind them")
     add("--guard-path", choices=("activated", "full"), help="full is the paper's")
     add("--guard-prompt", help="the question behind the conversation, on the activated path")
     names = "all-linear, names as q_proj,v_proj (the paper's), or none: the head alone learns"
