@@ -215,9 +215,8 @@ def peft_config(guard, **options):
 
 @torch.no_grad()
 def time_forward(args, full, texts, rounds):
-    """Seconds of the `full` path's pass over one batch, and of peft's with the same targets, tensors and attention."""
+    """Seconds of the `full` path's pass over one batch, and of peft's with the same targets and tensors."""
     chat_model, _ = load_chat_model(args.model, dtype_of(full))
-    chat_model.set_attn_implementation(full.chat_model.config._attn_implementation)
     theirs = peft.get_peft_model(chat_model, peft_config(full), autocast_adapter_dtype=False).eval()
     tensors = {name: tensor for name, tensor in full.adapter().items() if "lora_" in name}
     peft.set_peft_model_state_dict(theirs, tensors)
@@ -251,7 +250,7 @@ def load_in_peft(args, guard):
 def peak_of(args, what, rows, length, rank):
     """(seconds of the second step, peak resident bytes) of a process that trains or scores and does nothing else."""
     guard = load(args, lora_r=int(rank))
-    guard.tune_for_cpu()
+    guard.use_fast_dtype()
     ids = (encode(guard.tokenizer, PROMPT) * int(length))[: int(length)]
     texts = [ids] * int(rows)
     targets = torch.zeros(len(texts), 1 + len(guard.categories))
@@ -312,8 +311,8 @@ def main():
         import matplotlib.pyplot  # noqa: F401  before all is measured in vain
     rounds, lengths = (1, LENGTHS[:3]) if args.quick else (args.rounds, LENGTHS)
     guard, full = load(args), load(args, guard_path="full")
-    guard.tune_for_cpu()
-    full.tune_for_cpu()
+    guard.use_fast_dtype()
+    full.use_fast_dtype()
     dtype = dtype_of(guard)
     versions = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
     result = {"processor": processor(), "threads": torch.get_num_threads(), "dtype": dtype, "versions": versions}

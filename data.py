@@ -220,11 +220,15 @@ def _in_our_columns(row, where):
 def with_tails(rows, generator):
     """An eighth of the rows with a safe row's answer behind their text, for what is harmful stays so before any text.
 
-    Without such rows a guard judges the last paragraph that it reads. Of conversations, none is taken.
+    Without such rows a guard judges the last paragraph that it reads. Rows of `messages` are left out.
+    Raises UserError where no row is safe and answered.
     """
+    rows = [row for row in rows if row.get("messages") is None]
     tails, found = [row["response"] for row in rows if row["is_safe"] and is_answer(row["response"])], []
-    for row in rows if tails else ():
-        if row.get("messages") is None and torch.rand((), generator=generator) < 1 / 8:
+    if not tails:
+        raise UserError("--tails needs safe rows with a prompt and a response, to put their answers behind others")
+    for row in rows:
+        if torch.rand((), generator=generator) < 1 / 8:
             last = "response" if is_answer(row["response"]) else "prompt"
             tail = tails[torch.randint(len(tails), (), generator=generator)]
             found.append(row | {last: f"{row[last]}\n\n{tail}"})

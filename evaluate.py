@@ -49,8 +49,7 @@ def auroc(labels, scores):
 def best_threshold(labels, scores):
     """The score from which flagging gives the highest F1, half-way to the next lower score that there is.
 
-    labels, scores: (N,). With calibrated probabilities for labels it is the highest F1 to be expected, which does not
-    move with the few rows near the threshold as the measured one does (Lipton et al., arXiv 1402.1892).
+    labels, scores: (N,). With calibrated probabilities for labels, it is the highest F1 that is to be expected.
     """
     thresholds, positives, flagged = _curve(labels, scores)
     best = np.argmax(2 * positives / (flagged + labels.sum()))
@@ -200,7 +199,7 @@ def main():
     if args.scores and any(args.scores.exists() and args.scores.samefile(path) for path in args.dataset):
         raise UserError(f"writing {args.scores} would destroy the rows; name another file for --scores")
     guard, thresholds = load_guard(args.config, args.adapter, args.device_id, args.threshold)
-    guard.tune_for_cpu()
+    guard.use_fast_dtype()
 
     texts = [encode_row(guard.tokenizer, row) for row in rows]
     scores = probabilities(guard.score(texts), guard.calibration).numpy()  # (N, 1 + K)

@@ -25,10 +25,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lora import LoRALinear, UserError, first_line, inject_lora, trainable
 
@@ -44,7 +42,6 @@ GUARD = {
     "lora_targets": ["all-linear"],
     "unsafe_head": True,  # False: the largest category logit stands for unsafe, as in the paper's first version
     "clf_head_bias": True,
-    "window": None,  # tokens that it judges at once, about as many as it learnt from; None: all that fit the context
 }
 
 
@@ -56,6 +53,7 @@ class Thresholds(NamedTuple):
 
 
 NEVER = Thresholds(2.0, 2.0)  # judge, never stop
+WINDOW = 256  # tokens; about as long as the rows that guards learn from, for in a longer one a passage is lost on them
 
 
 class Answer(NamedTuple):
@@ -111,11 +109,6 @@ class GuardedChat(nn.Module):
         if not (self.is_full or ids) or self.max_tokens < 1:
             raise UserError(f"a guard prompt of {len(ids)} tokens does not fit a context of {context}")
         self.train(False)
-
-    @property
-    def window(self):
-        """Tokens of the longest text that is judged at once, from which on `score` judges windows."""
-        return min(self.settings["window"] or self.max_tokens, self.max_tokens)
 
     def train(self, mode=True):
         """Training mode for the LoRA dropout alone: the frozen model computes in training what it computes in use."""
@@ -251,8 +244,6 @@ class GuardedChat(nn.Module):
             else:
                 padding = None if mask.all() else F.pad(mask, (0, tokens), value=1)
                 logits = self.judge(cache, padding)[due]
-            if not tokens and longest > self.window:  # at the end of a long prompt its middle is forgotten
-                logits = logits.maximum(self.score([conversations[row] for row in which]).to(device))
             for row, verdict in zip(which, probabilities(logits, self.calibration).tolist(), strict=True):
                 done[row] = is_flagged(verdict[0], thresholds[tokens > 0])
                 verdicts[row].append((tokens, verdict))
@@ -302,10 +293,11 @@ class GuardedChat(nn.Module):
     def score(self, conversations, batch_size=32):
         """Judge N conversations of any length. Returns logits (N, 1 + K) fp32 on the CPU, in the given order.
 
-        Of one longer than `window`, windows that overlap by a quarter are judged, and the highest logits count.
+        Of one longer than the context, windows of at most WINDOW tokens that overlap by a quarter are judged, and the
+        highest logits count.
         """
         self.eval()
-        windows = [(row, window) for row, ids in enumerate(conversations) for window in _windows(ids, self.window)]
+        windows = [(row, window) for row, ids in enumerate(conversations) for window in _windows(ids, self.max_tokens)]
         windows.sort(key=lambda window: len(window[1]))
         logits = torch.full((len(conversations), 1 + len(self.categories)), -torch.inf)
         for start in range(0, len(windows), batch_size):
@@ -336,21 +328,17 @@ class GuardedChat(nn.Module):
         for parameter in trainable(self.chat_model).values():
             parameter.data = parameter.data.to(self.chat_model.dtype)
 
-    def tune_for_cpu(self):
-        """Compute as a CPU does it fastest, for training and scoring, which read many tokens at once; the weights stay.
+    def use_fast_dtype(self):
+        """Compute in fp32 what a CPU without instructions for 16-bit products would take several times as long for.
 
-        Without instructions for 16-bit products in fp32, for those would take several times as long; and short rows by
-        `short_attention`. Writing an answer, a token at a time, is bound by memory, and left as it is.
+        For training and scoring, which read many tokens at once; writing an answer, a token at a time, is bound by
+        memory, and there 16 bits are faster on any CPU. The weights keep their values.
         """
-        if self.guard_prompt_ids.device.type != "cpu":
-            return
         kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.chat_model.dtype)
         able = any(able and kind in name for name, able in torch.cpu.get_capabilities().items()) if kind else True
-        if not (able or getattr(self.chat_model, "is_quantized", False)):
+        quantised = getattr(self.chat_model, "is_quantized", False)
+        if not (able or quantised) and self.guard_prompt_ids.device.type == "cpu":
             self.chat_model.float()
-        replaceable = self.chat_model._can_set_attn_implementation()
-        if replaceable and self.chat_model.config._attn_implementation == "sdpa":
-            self.chat_model.set_attn_implementation("short")
 
     def save_adapter(self, path):
         """Write the adapters and the head, nothing else, as safetensors; their settings are in its header."""
@@ -398,36 +386,12 @@ def _positions(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _windows(ids, size):
-    if len(ids) <= size:
+def _windows(ids, context):
+    if len(ids) <= context:
         return [ids]
+    size = min(context, WINDOW)
     step = size - size // 4
     return [ids[start : start + size] for start in range(0, len(ids) - size // 4, step)]
-
-
-def short_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
-    """Attention by plain matrix products, which for short rows a CPU does faster than torch's kernel for long ones.
-
-    query: (B, heads, Q, width); key, value: (B, key heads, T, width), each key head shared by heads / key heads;
-    attention_mask: (B or 1, 1, Q, T), true where a query sees a token; None: it sees all up to its own.
-    Returns ((B, Q, heads, width), None), as transformers has it, and leaves to its kernel whatever else it offers.
-    """
-    (rows, heads, queries, width), tokens = query.shape, key.shape[2]
-    if queries * tokens > 2**16 or dropout or options.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
-    if attention_mask is None:
-        attention_mask = torch.ones(queries, tokens, dtype=torch.bool, device=query.device).tril(tokens - queries)
-    # The heads that share a key head are rows of one product with it.
-    query = (query * (scaling or width**-0.5)).reshape(rows, key.shape[1], -1, width)
-    scores = (query @ key.transpose(2, 3)).view(rows, heads, queries, tokens)
-    # Not by minus infinity, which makes NaN of a query that sees nothing, as padding's do.
-    weights = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min).softmax(-1)
-    output = weights.view(rows, key.shape[1], -1, tokens) @ value
-    return output.view(rows, heads, queries, -1).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("short", short_attention)
-AttentionMaskInterface.register("short", sdpa_mask)
 
 
 def lend(cache):

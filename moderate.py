@@ -291,7 +291,7 @@ def main():
     args = parse_arguments()
     guard, thresholds = load_guard(args.config, args.adapter, args.device_id, args.threshold)
     if args.input or args.response is not None:  # nothing is generated
-        guard.tune_for_cpu()
+        guard.use_fast_dtype()
     if args.input:
         return score_file(guard, args.input, args.output, thresholds)
     if Accelerator().num_processes > 1:

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, RwkvConfig, TorchAoConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import GROUPED, KINDS, make_guard, make_model, make_tokenizer
 from data import encode
 from lora import LoRALinear, UserError
-from model import NEVER, GuardedChat, fingerprint, load_chat_model, short_attention
+from model import NEVER, GuardedChat, fingerprint, load_chat_model
 from test_generate import guard_of, plain, until
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -24,7 +23,6 @@ TARGETS |= {
     "starcoder2": {"q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"},
     "mixtral": {"q_proj", "k_proj", "v_proj", "o_proj"},  # the experts are three-dimensional tensors, not layers
 }
-OWN_ATTENTION = ("falcon", "gemma2")  # Falcon's is no function of transformers' interface, Gemma 2's caps the scores
 TURNS = [("how is the bread?" * 2, "harmful"), ("hi", "safe"), ("the answer is harmful", "or not")]
 
 
@@ -73,26 +71,6 @@ def test_an_architecture_is_guarded_from_training_to_generation(kind, path, tmp_
 
 
 @pytest.mark.parametrize("path", ["activated", "full"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_short_attention_computes_what_the_models_own_does(kind, path, monkeypatch):
-    """Kills: a mask that is ignored, also that of a sliding window; tokens after a query, or only those before it, that
-    it attends to; heads with another head's keys; another scale; a gradient that is lost; padding's queries as NaN."""
-    guard, calls = make_guard(kind, guard_path=path), []
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "short", lambda *a, **o: calls.append(1) or short_attention(*a, **o))
-    ids = [encode(guard.tokenizer, *turn) for turn in TURNS]
-    found = {}
-    for tuned in (False, True):
-        logits = torch.cat([guard(ids), guard(ids[:1])])
-        logits.sum().backward()
-        gradients = torch.cat([p.grad.flatten() for p in guard.adapter().values() if p.grad is not None])
-        guard.zero_grad()
-        found[tuned] = torch.cat([logits.flatten().detach(), gradients])
-        guard.tune_for_cpu()
-    torch.testing.assert_close(found[True], found[False], rtol=1e-3, atol=1e-4)
-    assert bool(calls) == (kind not in OWN_ATTENTION)
-
-
-@pytest.mark.parametrize("path", ["activated", "full"])
 def test_a_base_in_8_bit_is_guarded_by_adapters_in_fp32(path, tmp_path):
     """Kills: adapters in the base's type, a base that has to be plain tensors, a fingerprint of quantised matrices."""
     make_model().save_pretrained(tmp_path / "plain")
@@ -109,7 +87,7 @@ def test_a_base_in_8_bit_is_guarded_by_adapters_in_fp32(path, tmp_path):
     assert {parameter.dtype for parameter in guard.adapter().values()} == {torch.float32}
     losses = learn(guard, conversations)
     assert losses[-1] < losses[0] / 2
-    guard.tune_for_cpu()
+    guard.use_fast_dtype()
     guard.cast_for_use()
     [answer] = guard.generate(conversations[:1], NEVER, max_new_tokens=8)
     assert len(answer.ids) == 8 and not guard.gate.is_open

@@ -224,7 +224,7 @@ HARM = [
 @pytest.fixture(scope="module")
 def shipped():
     guard, thresholds = load_guard(device_id=-1)
-    guard.tune_for_cpu()
+    guard.use_fast_dtype()
     rows = [row for _, row in read_jsonl(Path(__file__).with_name("overblocking.jsonl")) if row["kind"] == "everyday"]
     return guard, thresholds, [row["response"] for row in rows]
 
@@ -249,7 +249,7 @@ def test_harm_anywhere_in_twenty_thousand_tokens_is_flagged_at_a_cost_that_is_li
         for at in (100, 10_000, len(ids) - len(passage)):
             texts.append([*ids[:at], *passage, *ids[at + len(passage) :]])
     guard.score(texts[:1], 16)
-    assert len(ids) == 20_000 and sum(map(len, judged)) < 1.4 * len(ids)
+    assert len(ids) == 20_000 > guard.max_tokens and sum(map(len, judged)) < 1.4 * len(ids)
     unsafe = probabilities(guard.score(texts, 16), guard.calibration)[:, 0]
     assert unsafe[0] < thresholds.response <= unsafe[1:].min()
 

@@ -385,7 +385,8 @@ def test_tails_are_safe_texts_behind_an_eighth_of_the_rows_and_change_no_label()
         text, tail = row[last].split("\n\n")
         key = (row["prompt"], text) if row["response"] else (text, None)
         assert tail in tails and row | {last: text} == by_text[key]
-    assert with_tails([row for row in rows if not row["is_safe"]], torch.Generator()) == []
+    with pytest.raises(UserError, match="--tails needs safe rows"):
+        with_tails([row for row in rows if not row["is_safe"]], torch.Generator())
 
 
 @pytest.mark.parametrize("rows, size, per_update", [(100, 4, 1), (101, 4, 3), (3, 4, 2), (64, 8, 8)])

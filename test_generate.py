@@ -110,21 +110,6 @@ def test_a_flagged_answer_stops_there_and_in_its_own_row_alone(kind, monkeypatch
     assert len(count) == 6
 
 
-@pytest.mark.parametrize("path", ["activated", "full"])
-def test_a_prompt_longer_than_the_window_is_judged_by_its_worst_window_too(path):
-    """Kills: a harmful middle of a long prompt that its end hides, and windows in place of the whole, or for all."""
-    guard = guard_of(guard_path=path, window=16)
-    asked = prompts(guard)
-    answers = guard.generate(asked, NEVER, max_new_tokens=4)
-    with torch.no_grad():
-        whole = guard(asked)
-    wanted = probabilities(torch.maximum(whole, guard.score(asked)), guard.calibration)
-    found = torch.tensor([answer.verdicts[0][1] for answer in answers], dtype=torch.double)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    assert (wanted[2] > probabilities(whole, guard.calibration)[2] + 1e-3).any()
-    assert (wanted[2] > probabilities(guard.score(asked), guard.calibration)[2] + 1e-3).any()
-
-
 def test_prompts_and_answers_have_thresholds_of_their_own():
     """Kills: the prompt's threshold for the answer, or the answer's for the prompt, in stopping or in saying why."""
     guard = guard_of()

@@ -17,7 +17,7 @@ import model as model_module
 from conftest import CONTEXT, make_guard, make_model, make_tokenizer
 from data import encode
 from lora import LoRALinear, UserError
-from model import GUARD, GuardedChat, load_guard, probabilities, short_attention, write_whole
+from model import GUARD, GuardedChat, load_guard, probabilities, write_whole
 
 KINDS = ["llama", "mistral", "gpt2"]
 PATHS = ["activated", "full"]
@@ -165,25 +165,13 @@ def test_heads():
     assert make_guard().adapter()["guard_head.weight"].shape == (3, 32)
 
 
-def test_attention_over_many_tokens_is_left_to_torchs_kernel(monkeypatch):
-    """Kills: a matrix of scores that fills the memory for a long text, and a limit that short ones are beyond."""
-    calls = []
-    monkeypatch.setattr("model.sdpa_attention_forward", lambda *arguments, **options: calls.append(arguments[1].shape))
-    long, short, one = (torch.zeros(1, 2, tokens, 4) for tokens in (257, 256, 1))
-    module = torch.nn.Module()
-    short_attention(module, short, short, short, None)
-    short_attention(module, one, long, long, None)
-    assert not calls
-    short_attention(module, long, long, long, None)
-    assert calls == [long.shape]
-
-
-@pytest.mark.parametrize("window", [None, 100, 10**6])
+@pytest.mark.parametrize("size", [100, 10**6])
 @pytest.mark.parametrize("path", PATHS)
-def test_a_long_text_is_seen_whole_and_its_worst_window_counts(path, window, monkeypatch):
-    """Kills: cutting at the context, windows longer than that or than the guard's own, windows without overlap, the
-    last or the mean window instead of the worst."""
-    guard, seen = make_guard(guard_path=path, window=window), []
+def test_a_long_text_is_seen_whole_and_its_worst_window_counts(path, size, monkeypatch):
+    """Kills: cutting at the context, windows longer than that or than WINDOW, windows of a text that fits the context,
+    windows without overlap, the last or the mean window instead of the worst."""
+    guard, seen = make_guard(guard_path=path), []
+    monkeypatch.setattr(model_module, "WINDOW", size)
     monkeypatch.setattr(
         guard, "forward", lambda ids: seen.extend(ids) or torch.tensor([[max(i) * 1.0] * 3 for i in ids])
     )
@@ -191,9 +179,12 @@ def test_a_long_text_is_seen_whole_and_its_worst_window_counts(path, window, mon
     assert guard.score([text, [5, 4]])[:, 0].tolist() == [902, 5]
     assert guard.score([text[::-1]])[:, 0].tolist() == [902]
     windows = [window for window in seen if len(window) > 2 and window[0] < window[1]]
-    assert max(map(len, windows)) == (window if window == 100 else guard.max_tokens) <= CONTEXT
+    assert max(map(len, windows)) == min(size, guard.max_tokens) < CONTEXT
     pairs = {pair for window in windows for pair in pairwise(window)}
     assert pairs == set(pairwise(text))
+    seen.clear()
+    guard.score([text[: guard.max_tokens]])
+    assert seen == [text[: guard.max_tokens]]
 
 
 def test_a_cache_that_cannot_be_lent_is_refused():
@@ -312,7 +303,7 @@ def test_16_bits_are_left_where_the_processor_has_no_instructions_for_them(store
     guard = make_guard()
     guard.chat_model.to(stored)
     before = {name: tensor.clone() for name, tensor in guard.chat_model.state_dict().items()}
-    guard.tune_for_cpu()
+    guard.use_fast_dtype()
     for name, tensor in guard.chat_model.state_dict().items():
         assert tensor.dtype == wanted and torch.equal(tensor, before[name].to(wanted))
 
@@ -321,7 +312,7 @@ def test_16_bits_stay_on_a_gpu(monkeypatch):
     """Kills: the processor's instructions asked for where it does not compute."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     guard = make_guard()
-    guard.to(torch.bfloat16).to("meta").tune_for_cpu()
+    guard.to(torch.bfloat16).to("meta").use_fast_dtype()
     assert guard.chat_model.dtype == torch.bfloat16
 
 

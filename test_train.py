@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM
 import train
 from conftest import make_model, make_tokenizer
 from data import encode, load_splits
-from evaluate import best_threshold
+from evaluate import best_threshold, metrics
 from lora import UserError
-from model import GuardedChat, load_guard, probabilities
+from model import GuardedChat, probabilities
 from test_architectures import REFUSED
 from test_data import make_rows, write
 from train import calibrate, choose_thresholds, guard_loss, learning_rate
@@ -250,7 +250,8 @@ def test_two_processes_that_are_told_to_stop_end_at_one_update(model_folder, row
     arguments = ["--dataset", rows, *LONG, "--epochs=12"]
     launch(2, model_folder, tmp_path / "whole", *arguments)
     process, state = start(2, model_folder, tmp_path / "run", *arguments), tmp_path / "run/checkpoints/state.pt"
-    while not state.exists() and process.poll() is None:
+    deadline = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.terminate()
     output, _ = process.communicate(timeout=60)
@@ -462,36 +463,34 @@ def test_thresholds_are_chosen_for_answers_by_f1_and_for_prompts_by_few_refusals
     """Kills: prompts that take part in the choice for answers, or the other way round; a best F1 for prompts, which
     refuses safe ones; a prompt refused where the rows say nothing about prompts alone."""
     labels = np.array([0, 1, 1, 0, 0, 1, 0, 1, 1])
-    scores = np.array([0.1, 0.3, 0.5, 0.2, 0.05, 0.15, 0.6, 0.15, 0.8])
+    scores = np.array([0.1, 0.7, 0.8, 0.2, 0.05, 0.15, 0.6, 0.15, 0.8])
     answered = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0], bool)
-    assert choose_thresholds(labels, scores, answered, None, False) == pytest.approx((0.7, 0.25))
-    assert choose_thresholds(labels, scores, answered, 0.5, False) == pytest.approx((0.1, 0.25))
-    assert choose_thresholds(labels[:4], scores[:4], answered[:4], None, False) == pytest.approx((2.0, 0.25))
-    assert choose_thresholds(labels[3:], scores[3:], answered[3:], None, False)[0] == pytest.approx(0.7)
-    assert choose_thresholds(labels[3:], scores[3:], answered[3:], None, False)[1] == best_threshold(
-        labels[3:], scores[3:]
-    )
+    assert choose_thresholds(labels, scores, answered, None) == pytest.approx((0.7, 0.45))
+    assert choose_thresholds(labels, scores, answered, 0.5) == pytest.approx((0.1, 0.45))
+    assert choose_thresholds(labels[:4], scores[:4], answered[:4], None) == pytest.approx((2.0, 0.45))
+    assert choose_thresholds(labels[3:], scores[3:], answered[3:], None)[0] == pytest.approx(0.7)
 
 
-def test_the_threshold_of_calibrated_answers_is_that_of_the_f1_to_be_expected():
-    """Kills: labels, of which few rows near the threshold decide, prompts that take part, the rule for a guard without
-    the unsafe output, whose scores are no probabilities, or in place of a false positive rate that is named."""
+def test_the_threshold_is_that_of_the_f1_to_be_expected_unless_the_measured_f1_is_much_below():
+    """Kills: labels alone, of which few rows near the threshold decide; probabilities alone, which may be biased; a
+    margin that does not shrink with the rows; prompts that take part; the rule in place of a rate that is named."""
     generator = np.random.default_rng(0)
     scores = generator.random(100_000) ** 2
     labels, answered = (generator.random(100_000) < scores).astype(float), np.arange(100_000) % 4 > 0
-    wanted = choose_thresholds(labels, scores, answered, None, False).response
-    assert choose_thresholds(labels, scores, answered, None, True).response == pytest.approx(wanted, abs=0.02)
+    best = best_threshold(labels[answered], scores[answered])
     draws = [slice(start, start + 400) for start in range(0, 20_000, 400)]
-    spread = {}
-    for rule in (False, True):
-        found = [choose_thresholds(labels[few], scores[few], answered[few], None, rule).response for few in draws]
-        spread[rule] = np.std(found)
-    assert spread[True] < spread[False] / 3
+    chosen = [choose_thresholds(labels[few], scores[few], answered[few], None).response for few in draws]
+    measured = [best_threshold(labels[few][answered[few]], scores[few][answered[few]]) for few in draws]
+    assert np.std(chosen) < np.std(measured) / 2 and np.mean(chosen) == pytest.approx(best, abs=0.02)
     others = np.where(answered, scores, 0.9)
-    assert choose_thresholds(labels, others, answered, None, True).response == pytest.approx(wanted, abs=0.02)
-    assert choose_thresholds(labels, scores, answered, 0.1, True) == choose_thresholds(
-        labels, scores, answered, 0.1, False
+    assert choose_thresholds(labels, others, answered, None).response == pytest.approx(best, abs=0.02)
+    biased = scores / (scores + 8 * (1 - scores))  # by two and a bit in log odds
+    assert choose_thresholds(labels, biased, answered, None).response == best_threshold(
+        labels[answered], biased[answered]
     )
+    assert metrics(labels[answered], scores[answered], choose_thresholds(labels, scores, answered, 0.1).response)[
+        "fpr"
+    ] == pytest.approx(0.1, abs=1e-3)
 
 
 def test_prompts_alone_are_learnt_and_get_their_threshold(model_folder, tmp_path, monkeypatch, capsys):
@@ -546,22 +545,6 @@ def test_tails_are_learnt_beside_the_rows_that_they_were_put_behind(model_folder
     tails = {row["response"].split("\n\n")[1] for row in learnt[len(splits["train"]) :]}
     assert tails and tails <= {row["response"] for row in splits["train"]}
     assert seen[:3] == seen[3:]
-
-
-def test_the_window_is_as_long_as_nearly_all_rows_that_were_learnt_from(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: the context, the mean, or the longest row for a window, one that is not saved, and one of no tokens."""
-    run(monkeypatch, model_folder, tmp_path / "short", "--dataset", rows, "--epochs=1")
-    assert json.loads((tmp_path / "short/config.json").read_text())["window"] == train.SHORTEST_WINDOW
-    monkeypatch.setattr(train, "SHORTEST_WINDOW", 1)
-    longer = itertools.count(3)
-    monkeypatch.setattr(train, "encode_row", lambda tokenizer, row: [5] * next(longer))
-    monkeypatch.setattr(train, "answer_start_of", lambda tokenizer, row, ids: 1)
-    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, "--epochs=1")
-    learnt = len(load_splits([rows])[0]["train"])
-    window = json.loads((tmp_path / "run/config.json").read_text())["window"]
-    assert window == int(np.quantile(np.arange(learnt) + 3, 0.99)) < learnt + 2
-    guard, _ = load_guard(tmp_path / "run/config.json", device_id=-1)
-    assert guard.window == window < guard.max_tokens
 
 
 def test_rows_of_messages_are_learnt_as_the_same_rows_of_pairs_are(model_folder, rows, tmp_path, monkeypatch):

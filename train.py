@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import signal
 import sys
 import time
@@ -40,7 +41,6 @@ from evaluate import best_threshold, fit_temperature, metrics, threshold_at_fpr
 from lora import UserError, first_line, run, trainable
 from model import EMBEDDED, GUARD, NEVER, GuardedChat, Thresholds, load_chat_model, probabilities, write_whole
 
-SHORTEST_WINDOW = 256  # tokens, lest ordinary texts be cut up where the rows to learn from are short
 PROMPT_FPR = 0.02  # to refuse a harmless question is worse than to answer a harmful one, for answers are judged too
 
 
@@ -68,14 +68,13 @@ def parse_arguments():
     add("--lora-dropout", type=float)
     add("--no-unsafe-head", dest="unsafe_head", action="store_false", help="the largest category logit stands for it")
     add("--no-clf-head-bias", dest="clf_head_bias", action="store_false")
-    from_rows = ("categories", "window")
-    parser.set_defaults(**{name: value for name, value in GUARD.items() if name not in from_rows})
+    parser.set_defaults(**{name: value for name, value in GUARD.items() if name != "categories"})
     add("--epochs", type=int, default=3)
     add("--per-device-batch-size", type=int, default=16)
     add("--gradient-accumulation-steps", type=int, default=1)
     add("--eval-batch-size", type=int, default=32)
     add("--learning-rate", type=float, default=1e-3)
-    add("--max-fpr", type=float, help="of validation, which the threshold must keep to; default: the best F1 decides")
+    add("--max-fpr", type=float, help="of validation, which the threshold must keep to; default: F1 decides")
     add("--seed", type=int, default=0)
     cache = "keep the chat path's caches here, for later epochs and runs; 23 KB a token for the embedded model"
     add("--cache-dir", type=Path, help=cache)
@@ -123,7 +122,7 @@ def main():
     settings = {name: value for name, value in vars(args).items() if name in GUARD}
     guard = GuardedChat(chat_model, tokenizer, categories=categories, **settings)
     dtype = str(chat_model.dtype).removeprefix("torch.")
-    guard.to(accelerator.device).tune_for_cpu()
+    guard.to(accelerator.device).use_fast_dtype()
     guard.score([encode(tokenizer, "Hello")])  # what cannot be guarded is refused before the folder is taken
     config = {"base_model": args.hf_model_id, "dtype": dtype, **guard.settings}
     config |= {"threshold": 0.5, "prompt_threshold": NEVER.prompt, "calibration": guard.calibration}
@@ -151,8 +150,6 @@ def main():
     targets = {split: labels(rows[split], categories) for split in SPLITS}  # (rows, 1 + K)
     answered = {split: np.array([is_answer(row["response"]) for row in rows[split]], bool) for split in SPLITS}
     lengths = torch.tensor([len(ids) for ids in texts["train"]])
-    # A guard of short rows forgets what was harmful a few paragraphs ago, so it is shown no more at once than it knows.
-    guard.settings["window"] = config["window"] = max(SHORTEST_WINDOW, int(lengths.float().quantile(0.99)))
     starts = lengths  # of `full`, which judges no answer before its end, no answer is cut
     if not guard.is_full:
         pairs = zip(rows["train"], texts["train"], strict=True)
@@ -244,8 +241,7 @@ def main():
             logits[split][mine] = guard.score([texts[split][row] for row in mine], args.eval_batch_size)
             logits[split] = add_up(accelerator, logits[split])
         calibration = calibrate(logits["validation"], targets["validation"], pos_weight.cpu(), guard.unsafe_head)
-        found = epoch_metrics(logits, targets, answered, categories, calibration, args.max_fpr, guard.unsafe_head)
-        row = {"epoch": epoch} | found
+        row = {"epoch": epoch} | epoch_metrics(logits, targets, answered, categories, calibration, args.max_fpr)
         state["metrics"].append(row)
         accelerator.log(row, step=update)
         if is_best := row["validation/auprc"] > state["best_auprc"]:
@@ -294,16 +290,22 @@ def calibrate(logits, targets, pos_weight, unsafe_head):
     return {"shift": shift.tolist(), "temperature": temperature}
 
 
-def choose_thresholds(labels, scores, answered, max_fpr, calibrated):
+def choose_thresholds(labels, scores, answered, max_fpr):
     """Thresholds from validation rows: for answers the best F1, for prompts the highest recall that refuses few safe
     ones, or for both the highest recall at `max_fpr`. No prompt is refused where none was there to learn it from.
 
-    labels, scores, answered: (N,); calibrated: whether the scores are probabilities that F1 can be expected by.
+    labels, scores, answered: (N,); the scores are probabilities.
     """
 
     def chosen(rows, limit):
         if limit is None:
-            return best_threshold((scores if calibrated else labels)[rows], scores[rows])
+            label, score = labels[rows], scores[rows]
+            measured, expected = best_threshold(label, score), best_threshold(score, score)
+            f1, other = (metrics(label, score, threshold)["f1"] for threshold in (measured, expected))
+            # Which few rows near it are harmful moves the threshold of the measured F1, and not that of the F1 which is
+            # expected if the probabilities are right (Lipton et al., arXiv 1402.1892). Beyond a standard error, they
+            # are not.
+            return expected if other >= f1 - math.sqrt(f1 * (1 - f1) / label.sum()) else measured
         return threshold_at_fpr(labels[rows], scores[rows], limit)[0]
 
     both = [len(np.unique(labels[rows])) == 2 for rows in (~answered, answered)]
@@ -311,13 +313,12 @@ def choose_thresholds(labels, scores, answered, max_fpr, calibrated):
     return Thresholds(prompt, chosen(answered if both[1] else slice(None), max_fpr))
 
 
-def epoch_metrics(logits, targets, answered, categories, calibration, max_fpr, unsafe_head):
+def epoch_metrics(logits, targets, answered, categories, calibration, max_fpr):
     """A row of metrics.csv: "split/metric" at the thresholds chosen on validation, "split/category/metric" where the
     category's logit turns positive, which in the loss weighs what is missed as much as what is flagged in vain."""
     scores = {split: probabilities(values, calibration)[:, 0].numpy() for split, values in logits.items()}
     labels = {split: values.numpy() for split, values in targets.items()}
-    label, score = labels["validation"][:, 0], scores["validation"]
-    thresholds = choose_thresholds(label, score, answered["validation"], max_fpr, calibrated=unsafe_head)
+    thresholds = choose_thresholds(labels["validation"][:, 0], scores["validation"], answered["validation"], max_fpr)
     row = {"threshold": thresholds.response, "prompt_threshold": thresholds.prompt}
     for split in SPLITS:
         flagged_from = np.where(answered[split], thresholds.response, thresholds.prompt)
