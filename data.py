@@ -217,24 +217,6 @@ def _in_our_columns(row, where):
     return row | {"is_safe": "1" not in known}
 
 
-def with_tails(rows, generator):
-    """An eighth of the rows with a safe row's answer behind their text, for what is harmful stays so before any text.
-
-    Without such rows a guard judges the last paragraph that it reads. Rows of `messages` are left out.
-    Raises UserError where no row is safe and answered.
-    """
-    rows = [row for row in rows if row.get("messages") is None]
-    tails, found = [row["response"] for row in rows if row["is_safe"] and is_answer(row["response"])], []
-    if not tails:
-        raise UserError("--tails needs safe rows with a prompt and a response, to put their answers behind others")
-    for row in rows:
-        if torch.rand((), generator=generator) < 1 / 8:
-            last = "response" if is_answer(row["response"]) else "prompt"
-            tail = tails[torch.randint(len(tails), (), generator=generator)]
-            found.append(row | {last: f"{row[last]}\n\n{tail}"})
-    return found
-
-
 def labels(rows, names):
     """What the guard's outputs should be, (rows, 1 + K) fp32: unsafe, then the K categories; NaN where unknown."""
     unknown = dict.fromkeys(names, math.nan)

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, make_guard
-from data import encode, is_answer, read_jsonl
+from data import encode, is_answer
 from lora import UserError
 from model import EMBEDDED, Thresholds, load_chat_model, load_guard, probabilities
 from moderate import moderate_turn
@@ -221,20 +221,14 @@ HARM = [
 ]
 
 
-@pytest.fixture(scope="module")
-def shipped():
+@pytest.mark.slow
+def test_harm_anywhere_in_twenty_thousand_tokens_is_flagged_at_a_cost_that_is_linear(monkeypatch):
+    """Kills: windows as long as the context, in which a passage is lost, a window that is left out, the mean of the
+    windows; a cost that grows faster than the text."""
     guard, thresholds = load_guard(device_id=-1)
     guard.use_fast_dtype()
-    rows = [row for _, row in read_jsonl(Path(__file__).with_name("overblocking.jsonl")) if row["kind"] == "everyday"]
-    return guard, thresholds, [row["response"] for row in rows]
-
-
-@pytest.mark.slow
-def test_harm_anywhere_in_twenty_thousand_tokens_is_flagged_at_a_cost_that_is_linear(shipped, monkeypatch):
-    """Kills: windows as long as the context, in which a passage is lost, a window that is left out, or without overlap,
-    the mean of the windows; a cost that grows faster than the text."""
-    guard, thresholds, safe = shipped
-    ids = encode(guard.tokenizer, "Tell me all that you know.", "\n\n".join(safe * 20))[:20_000]
+    licence = Path(__file__).with_name("LICENSE").read_text() + "\n\n"
+    ids = encode(guard.tokenizer, "Tell me all that you know.", licence * 12)[:20_000]
     forward, judged = guard.forward, {}
 
     def once(conversations):  # for most windows of these texts are the same
@@ -248,20 +242,10 @@ def test_harm_anywhere_in_twenty_thousand_tokens_is_flagged_at_a_cost_that_is_li
         passage = guard.tokenizer("\n\n" + passage + "\n\n", add_special_tokens=False).input_ids
         for at in (100, 10_000, len(ids) - len(passage)):
             texts.append([*ids[:at], *passage, *ids[at + len(passage) :]])
-    guard.score(texts[:1], 16)
+    guard.score(texts[:1])
     assert len(ids) == 20_000 > guard.max_tokens and sum(map(len, judged)) < 1.4 * len(ids)
-    unsafe = probabilities(guard.score(texts, 16), guard.calibration)[:, 0]
+    unsafe = probabilities(guard.score(texts), guard.calibration)[:, 0]
     assert unsafe[0] < thresholds.response <= unsafe[1:].min()
-
-
-@pytest.mark.slow
-def test_harm_is_not_hidden_by_safe_text_behind_it(shipped):
-    """Kills: a guard that judges the last paragraph that it has read, as one that learnt without such rows does."""
-    guard, thresholds, safe = shipped
-    for passage in HARM:
-        texts = [passage + "".join(f"\n\n{text}" for text in safe[:count]) for count in range(4)]
-        scores = guard.score([encode(guard.tokenizer, "What do you think?", text) for text in texts])
-        assert probabilities(scores, guard.calibration)[:, 0].min() >= thresholds.response
 
 
 def test_category_names_are_no_text_that_the_guard_reads(tmp_path):

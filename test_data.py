@@ -12,7 +12,7 @@ import torch
 
 import data
 from conftest import CHATML
-from data import conversation, encode, epoch_batches, evaluation_rows, labels, load_splits, with_tails
+from data import conversation, encode, epoch_batches, evaluation_rows, labels, load_splits
 from lora import UserError
 
 NAMES = ["theft", "hate"]
@@ -367,26 +367,6 @@ def test_a_control_token_that_the_template_puts_together_is_defused_too(tokenize
 
 
 # Batches.
-
-
-def test_tails_are_safe_texts_behind_an_eighth_of_the_rows_and_change_no_label():
-    """Kills: a tail before the text, in its place, behind a prompt that has an answer, or from an unsafe row; labels
-    that are lost; conversations without their history; an answerless row as a tail."""
-    rows = make_rows(400)
-    rows += [row | {"prompt": f"text {i}", "response": None} for i, row in enumerate(rows)]
-    said = [{"role": "user", "content": "hi"}]
-    rows += [{"prompt": "hi", "response": None, "messages": said, "category": None, "is_safe": False}] * 100
-    by_text = {(row["prompt"], row["response"]): row for row in rows if row["response"] or not row.get("messages")}
-    tails = {row["response"] for row in rows if row["is_safe"] and row["response"]}
-    found = with_tails(rows, torch.Generator().manual_seed(0))
-    assert 70 < len(found) < 130 and {bool(row["response"]) for row in found} == {True, False}
-    for row in found:
-        last = "response" if row["response"] else "prompt"
-        text, tail = row[last].split("\n\n")
-        key = (row["prompt"], text) if row["response"] else (text, None)
-        assert tail in tails and row | {last: text} == by_text[key]
-    with pytest.raises(UserError, match="--tails needs safe rows"):
-        with_tails([row for row in rows if not row["is_safe"]], torch.Generator())
 
 
 @pytest.mark.parametrize("rows, size, per_update", [(100, 4, 1), (101, 4, 3), (3, 4, 2), (64, 8, 8)])

@@ -533,20 +533,6 @@ def test_answers_alone_are_learnt_beside_their_pairs(model_folder, rows, tmp_pat
     assert alone == [(row["response"], None, row["category"], row["is_safe"]) for row in splits["train"]]
 
 
-def test_tails_are_learnt_beside_the_rows_that_they_were_put_behind(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: tails in place of rows, in validation or test rows, from those, or drawn anew in a second run."""
-    seen, labels = [], train.labels
-    monkeypatch.setattr(train, "labels", lambda rows, names: seen.append(rows) or labels(rows, names))
-    for name in ("one", "two"):
-        run(monkeypatch, model_folder, tmp_path / name, "--dataset", rows, "--epochs=1", "--tails")
-    splits, _ = load_splits([rows])
-    learnt, *others = seen[:3]
-    assert learnt[: len(splits["train"])] == splits["train"] and others == [splits["validation"], splits["test"]]
-    tails = {row["response"].split("\n\n")[1] for row in learnt[len(splits["train"]) :]}
-    assert tails and tails <= {row["response"] for row in splits["train"]}
-    assert seen[:3] == seen[3:]
-
-
 def test_rows_of_messages_are_learnt_as_the_same_rows_of_pairs_are(model_folder, rows, tmp_path, monkeypatch):
     """Kills: a history that training leaves out or cuts, an answer that is learnt alone with its history."""
     pairs = [json.loads(line) for line in Path(rows).read_text().splitlines()]

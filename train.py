@@ -35,7 +35,6 @@ from data import (
     is_answer,
     labels,
     load_splits,
-    with_tails,
 )
 from evaluate import best_threshold, fit_temperature, metrics, threshold_at_fpr
 from lora import UserError, first_line, run, trainable
@@ -58,7 +57,6 @@ def parse_arguments():
         action="store_true",
         help="learn each answer once more as a text by itself, without its prompt",
     )
-    add("--tails", action="store_true", help="learn an eighth of the rows once more with a safe text behind them")
     add("--guard-path", choices=("activated", "full"), help="full is the paper's")
     add("--guard-prompt", help="the question behind the conversation, on the activated path")
     names = "all-linear, names as q_proj,v_proj (the paper's), or none: the head alone learns"
@@ -116,8 +114,6 @@ def main():
     if args.answers_alone:
         answers = [row for row in rows["train"] if is_answer(row["response"])]
         rows["train"] += [row | {"prompt": row["response"], "response": None, "messages": None} for row in answers]
-    if args.tails:
-        rows["train"] += with_tails(rows["train"], torch.Generator().manual_seed(args.seed))
     chat_model, tokenizer = load_chat_model(args.hf_model_id)
     settings = {name: value for name, value in vars(args).items() if name in GUARD}
     guard = GuardedChat(chat_model, tokenizer, categories=categories, **settings)
