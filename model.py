@@ -53,7 +53,7 @@ class Thresholds(NamedTuple):
 
 
 NEVER = Thresholds(2.0, 2.0)  # judge, never stop
-WINDOW = 256  # tokens; about as long as the rows that guards learn from, for in a longer one a passage is lost on them
+WINDOW = 192  # tokens; about as long as the rows that guards learn from, for in a longer one a passage is lost on them
 
 
 class Answer(NamedTuple):
@@ -293,7 +293,7 @@ class GuardedChat(nn.Module):
     def score(self, conversations, batch_size=32):
         """Judge N conversations of any length. Returns logits (N, 1 + K) fp32 on the CPU, in the given order.
 
-        Of one longer than the context, windows of at most WINDOW tokens that overlap by a quarter are judged, and the
+        Of one longer than the context, windows of at most WINDOW tokens that overlap by half are judged, and the
         highest logits count.
         """
         self.eval()
@@ -390,8 +390,7 @@ def _windows(ids, context):
     if len(ids) <= context:
         return [ids]
     size = min(context, WINDOW)
-    step = size - size // 4
-    return [ids[start : start + size] for start in range(0, len(ids) - size // 4, step)]
+    return [ids[start : start + size] for start in range(0, len(ids) - size // 2, size - size // 2)]
 
 
 def lend(cache):
