@@ -484,7 +484,7 @@ def test_the_threshold_is_that_of_the_f1_to_be_expected_unless_the_measured_f1_i
     assert np.std(chosen) < np.std(measured) / 2 and np.mean(chosen) == pytest.approx(best, abs=0.02)
     others = np.where(answered, scores, 0.9)
     assert choose_thresholds(labels, others, answered, None).response == pytest.approx(best, abs=0.02)
-    biased = scores / (scores + 8 * (1 - scores))  # by two and a bit in log odds
+    biased = scores / (scores + 3 * (1 - scores))  # by one in log odds
     assert choose_thresholds(labels, biased, answered, None).response == best_threshold(
         labels[answered], biased[answered]
     )
