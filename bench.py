@@ -342,7 +342,7 @@ def main():
     forward = time_forward(args, full, some[-BATCH:], rounds)
     result |= {"lora_over_peft": forward["ours"] / forward["peer"], "logits_apart": forward["difference"]}
 
-    # A chat is written as its model stores it, and with the attention that it has without a guard.
+    # A chat is written in the dtype that its model is stored in, whatever training and scoring compute in.
     guard, full, (untouched, _) = load(args), load(args, guard_path="full"), load_chat_model(args.model)
     guard.cast_for_use()
     full.cast_for_use()

@@ -469,6 +469,8 @@ def test_thresholds_are_chosen_for_answers_by_f1_and_for_prompts_by_few_refusals
     assert choose_thresholds(labels, scores, answered, 0.5) == pytest.approx((0.1, 0.45))
     assert choose_thresholds(labels[:4], scores[:4], answered[:4], None) == pytest.approx((2.0, 0.45))
     assert choose_thresholds(labels[3:], scores[3:], answered[3:], None)[0] == pytest.approx(0.7)
+    every = choose_thresholds(labels[3:], scores[3:], np.ones(6, bool), None)  # for one answer alone decides nothing
+    assert choose_thresholds(labels[3:], scores[3:], answered[3:], None)[1] == every[1]
 
 
 def test_the_threshold_is_that_of_the_f1_to_be_expected_unless_the_measured_f1_is_much_below():
@@ -504,7 +506,7 @@ def test_prompts_alone_are_learnt_and_get_their_threshold(model_folder, tmp_path
     both = write(tmp_path / "rows.jsonl", [long, *rows, *alone])
     run(monkeypatch, model_folder, tmp_path / "run", "--dataset", both, "--epochs=1")
     [row], config = table(tmp_path / "run", "metrics.csv"), json.loads((tmp_path / "run/config.json").read_text())
-    logits, targets, answered, _, calibration, *_ = seen[0]
+    logits, targets, answered, _, calibration, _ = seen[0]
     for split in train.SPLITS:
         assert len(logits[split]) == len(targets[split]) == len(answered[split])
         assert 0.3 < answered[split].mean() < 0.7 and (answered[split] == ~targets[split][:, 1].isnan().numpy()).all()
