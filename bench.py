@@ -92,6 +92,10 @@ def sample(texts, size):
 
 def time_stream(guard, untouched, rounds, tokens=128):
     """Seconds for an answer: of a model without a guard, of one with the gate shut, with a verdict every N tokens."""
+    # On the same tensors: where in memory a model's weights came to lie can make a step 2 % slower.
+    weights = {name.replace(".base.", "."): tensor for name, tensor in guard.chat_model.state_dict().items()}
+    weights = {name: tensor for name, tensor in weights.items() if "lora_" not in name}
+    untouched.load_state_dict(weights, assign=True)
     prompt = encode(guard.tokenizer, PROMPT)
     ids = torch.tensor([prompt])
 
@@ -129,7 +133,7 @@ def time_verdicts(activated, full, length, rounds):
 
 def training_step(model, parameters, judge, targets):
     """A function that learns from one batch: judge(batch) gives logits; batch: row numbers."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
     weight = torch.ones(targets.shape[1])
 
     def step(batch):
@@ -343,9 +347,8 @@ def main():
     result |= {"lora_over_peft": forward["ours"] / forward["peer"], "logits_apart": forward["difference"]}
 
     # A chat is written in the dtype that its model is stored in, whatever training and scoring compute in.
-    guard, full, (untouched, _) = load(args), load(args, guard_path="full"), load_chat_model(args.model)
+    guard, (untouched, _) = load(args), load_chat_model(args.model)
     guard.cast_for_use()
-    full.cast_for_use()
     stream = time_stream(guard, untouched, rounds)
     result |= {
         "chat_dtype": dtype_of(guard),

@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -173,7 +174,7 @@ class GuardedChat(nn.Module):
         if attention_mask is not None:
             mask = torch.cat([attention_mask, torch.ones_like(ids)], dim=1)  # (B, T + M)
             padding = {"attention_mask": mask, "position_ids": _positions(mask)[:, -ids.shape[1] :]}
-        with self.gate.opened():
+        with self.gate.opened(), _kernel_to_learn_by(ids.device, self.chat_model.dtype):
             output = self.chat_model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, **padding)
             hidden = output.last_hidden_state  # (B, M, H)
         return self._head(hidden[:, -1])
@@ -256,8 +257,9 @@ class GuardedChat(nn.Module):
             if due.any():
                 judge(ids, due)
             done.logical_or_(limit <= tokens)
-            scores = scores.masked_fill(done[:, None], -torch.inf)
-            scores[done, end] = 0
+            if done.any():
+                scores = scores.masked_fill(done[:, None], -torch.inf)
+                scores[done, end] = 0
             return scores
 
         def after_token(ids, scores):  # a stopping criterion: the last of `ids` is not in the cache yet
@@ -270,7 +272,10 @@ class GuardedChat(nn.Module):
             return done.logical_or_(ended).clone()
 
         options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
-        options["logits_processor"] = [*(options.get("logits_processor") or []), before_token]
+        # transformers inspects each processor's signature at every token: quick for a method, half a millisecond for a
+        # function, whose own __call__ is no Python code.
+        processor = type("BeforeToken", (), {"__call__": staticmethod(before_token)})()
+        options["logits_processor"] = [*(options.get("logits_processor") or []), processor]
         options |= {"return_dict_in_generate": False, "cache_implementation": None}
         # One token more than asked for, which is always an end: the last token has to be read before its verdict.
         output = self.chat_model.generate(
@@ -384,6 +389,25 @@ def _some(names, shown=3):
 def _positions(mask):
     """Position of each token in its own row, (B, T)."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@contextlib.contextmanager
+def _kernel_to_learn_by(device, dtype):
+    """Attention by its plain formula where gradients are wanted from a CPU in 16 bits.
+
+    With a dozen queries the flash kernel's backward would take a third of the guard prompt's time there; in fp32 it is
+    the faster one. The switches hold for all threads, which is no harm while training: no other thread chats.
+    """
+    if not torch.is_grad_enabled() or device.type != "cpu" or dtype == torch.float32:
+        yield
+        return
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # meant for CUDA by its name alone
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
 def _windows(ids, context):

@@ -166,6 +166,15 @@ def test_a_target_that_matches_no_linear_layer_is_an_error(targets):
         inject_lora(make_model(), targets, R, ALPHA, within="model")
 
 
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_target_with_hooks_is_refused(hook):
+    """Kills: a chat path that differs from the untouched model's because a target's own hooks are passed by."""
+    model = make_model()
+    getattr(model.model.layers[1].mlp.up_proj, hook)(lambda *_: None)
+    with pytest.raises(UserError, match="hooks"):
+        inject_lora(model, ["up_proj"], R, ALPHA, within="model")
+
+
 def test_full_path_equals_peft_with_the_same_tensors():
     """Kills: any departure from PEFT's formula, in a model of many layers."""
     peft = pytest.importorskip("peft")

@@ -133,6 +133,21 @@ def test_a_step_changes_adapters_and_head_and_nothing_else(path):
     assert changed == {name for name in before if "lora_" in name or name.startswith("head.")}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "learning", "flash"), [("bfloat16", True, 2), ("bfloat16", False, 4), ("float32", True, 4)]
+)
+def test_only_the_guard_prompt_of_16_bit_training_goes_without_the_flash_kernel(dtype, learning, flash):
+    """Kills: another kernel for the chat path, for verdicts in use or in fp32, switches that stay as they were set."""
+    guard = make_guard()
+    guard.chat_model.to(getattr(torch, dtype))
+    with torch.set_grad_enabled(learning), torch.profiler.profile() as profiled:
+        guard([[5, 6, 7]])
+    calls = {event.key: event.count for event in profiled.key_averages()}
+    assert calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == flash  # 2 layers, read and judged
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+
 def test_the_frozen_model_does_not_drop_out_in_training():
     """Kills: training mode for the base, whose dropout (GPT-2 has some) would train the guard on another model."""
     guard = make_guard("gpt2").train()

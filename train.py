@@ -155,7 +155,7 @@ def main():
     pos_weight = ((known - positives) / positives.clamp(min=1)).to(accelerator.device)
 
     parameters = list(trainable(guard).values())
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, fused=True)
     sums = torch.zeros(len(lengths), targets["train"].shape[1] + 1)  # of an epoch's logits for each row, and how many
     if state["update"]:
         learnt = state.pop("adapter")
