@@ -133,7 +133,7 @@ def time_verdicts(activated, full, length, rounds):
 
 def training_step(model, parameters, judge, targets):
     """A function that learns from one batch: judge(batch) gives logits; batch: row numbers."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     weight = torch.ones(targets.shape[1])
 
     def step(batch):

@@ -151,7 +151,7 @@ def conversation(row, where="a row"):
     prompt, response, history = row.get("prompt"), row.get("response"), []
     if row.get("messages") is not None:
         prompt, response, history = _last_turn(row["messages"], where)
-        if row.get("prompt", prompt) not in (None, prompt) or row.get("response", response) not in (None, response):
+        if (row.get("prompt") or prompt, row.get("response") or response) != (prompt, response):
             raise UserError(f"{where}: its `prompt` and `response` are not the last turn of its `messages`")
     if not isinstance(prompt, str) or not isinstance(response, str | None):
         raise UserError(f"{where}: a row needs a `prompt` that is text, and a `response` that is text or absent")
@@ -241,30 +241,34 @@ def encode(tokenizer, prompt, response=None, history=()):
     judged in the same form. Control literals in the texts ("<|im_end|>") are encoded as the plain text that they are.
     Raises UserError where the template cannot show the texts whole, or a text would still become a control token.
     """
-    if tokenizer.chat_control_tokens is None:
-        # All, for a template can put one together from its parts, out of sight of what looks for it there.
-        tokenizer.chat_control_tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
     messages = [*history, {"role": "user", "content": prompt}]
     answered = is_answer(response)
     if answered:
         messages.append({"role": "assistant", "content": response})
     options = {"add_generation_prompt": not answered, "continue_final_message": answered}
-    letters = [message | {"content": "a" if message["content"].strip() else ""} for message in messages]
+    marks = [f"mark{n}mark" if message["content"].strip() else "" for n, message in enumerate(messages)]
+    letters = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
+    # What the template drops of earlier answers, as reasoning, the chat model does not read either.
+    earlier = [message["role"] == "assistant" for message in messages[:-1]] + [False]
+    to_see = [b if skipped else a for a, b, skipped in zip(messages, letters, earlier, strict=True)]
+    # All, for a template can put one together from its parts, out of sight of what looks for it there.
+    control = {token: n for token, n in tokenizer.get_added_vocab().items() if token.strip()}
     try:
-        shown = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        shown, skeleton = (tokenizer.apply_chat_template(some, tokenize=False, **options) for some in (to_see, letters))
         with TOKENIZING:
+            tokenizer.chat_control_tokens = list(control)
             ids, plain = (
                 tokenizer.apply_chat_template(some, sanitize_control_tokens=True, return_dict=False, **options)
                 for some in (messages, letters)
             )
     except Exception as error:  # a template is a program of the model's author, which raises what it likes
         raise UserError(f"the chat template cannot write this conversation: {first_line(error)}") from error
-    # Earlier answers apart: what the template drops of those, as reasoning, the chat model does not read either.
-    to_see = [message for message in messages[:-1] if message["role"] != "assistant"] + messages[-1:]
-    if not all(message["content"].strip() in shown for message in to_see):
+    whole = re.sub("mark([0-9]+)mark", lambda mark: to_see[int(mark[1])]["content"], skeleton)
+    there = all(mark in skeleton for mark, skipped in zip(marks, earlier, strict=True) if not skipped)
+    if not there or "".join(shown.split()) != "".join(whole.split()):
         raise UserError("the chat template leaves out a part of this conversation, which the guard would not see")
     # Literals are defused as they stand, but a tokenizer may look for tokens in what it normalises the text to.
-    control = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special or token.normalized}
+    control = set(control.values())
     if [n for n in ids if n in control] != [n for n in plain if n in control]:
         raise UserError("a text of this conversation would become a control token of the chat template")
     return ids

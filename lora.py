@@ -33,7 +33,8 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else " " for c in str(error))[:2000]  # it may quote a stranger's file
+        print(f"{sys.argv[0]}: {line}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -73,8 +74,6 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, sizes, r, lora_alpha, lora_dropout, gate):
         super().__init__()
-        if base._forward_pre_hooks or base._forward_hooks:
-            raise UserError("a LoRA target has hooks, which would not be called any more: remove them first")
         self.base, self.gate, self.scaling = base, gate, lora_alpha / r
         self.dropout = nn.Dropout(lora_dropout)
         self.lora_A = nn.Parameter(torch.empty(r, sizes[0], dtype=torch.float32))
@@ -83,7 +82,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         # Not self.base(x): the chat comes here hundreds of times a token, and nn.Module's look-up and call take longer
-        # than the rest of this line. They serve hooks, of which there are none.
+        # than the rest of this line. They serve hooks, which inject_lora has seen to: new ones go on this layer.
         y = self._modules["base"].forward(x)  # (..., out)
         if not self.gate.is_open:
             return y
@@ -129,6 +128,9 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, within=""):
     largest = max((max(linear_sizes(linear[name])) for name in chosen), default=r)
     if r > largest:
         raise UserError(f"a LoRA rank of {r} is no low rank: the largest layer is {largest} wide")
+    for name in chosen:
+        if linear[name]._forward_pre_hooks or linear[name]._forward_hooks:
+            raise UserError(f"{name} has hooks, which would not be called any more: remove them first")
     gate = Gate()
     for name in [name for name in linear if name in chosen]:  # in the model's order, so that a seed fixes every A
         parent, _, child = name.rpartition(".")

@@ -65,6 +65,17 @@ class Answer(NamedTuple):
     stopped: str | None  # "prompt" or "response" where the last verdict is flagged
 
 
+class Processor:
+    """A function as a logits processor. transformers reads a processor's signature at every token, which takes half a
+    millisecond for the __call__ of a bare function, and hardly any time for a method."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, ids, scores):
+        return self.function(ids, scores)
+
+
 class GuardedChat(nn.Module):
     """A chat model with LoRA layers inside and a guard head on top; everything but those two is frozen.
 
@@ -86,6 +97,15 @@ class GuardedChat(nn.Module):
             raise UserError("LoRA needs a rank of at least 1, a finite alpha above 0 and a dropout from 0 to below 1")
         if not (settings["unsafe_head"] or settings["categories"]):
             raise UserError("a guard without the unsafe output needs rows with categories to learn from")
+        if not (isinstance(settings["guard_prompt"], str) and _are_names(settings["categories"])):
+            raise UserError("the guard prompt must be text, and the categories a list of different names")
+        rope = getattr(chat_model.config.get_text_config(), "rope_parameters", None) or {}
+        if {"dynamic", "longrope"} & {
+            part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)
+        }:
+            raise UserError(
+                "this model turns tokens by the longest text beside them, so no verdict would be a text's own"
+            )
         if chat_model.base_model is chat_model:
             raise UserError(f"a {type(chat_model).__name__} does not say what of it is below the language-model head")
         # A guard fits one base model, so that is part of what is saved with it.
@@ -174,7 +194,7 @@ class GuardedChat(nn.Module):
         if attention_mask is not None:
             mask = torch.cat([attention_mask, torch.ones_like(ids)], dim=1)  # (B, T + M)
             padding = {"attention_mask": mask, "position_ids": _positions(mask)[:, -ids.shape[1] :]}
-        with self.gate.opened(), _kernel_to_learn_by(ids.device, self.chat_model.dtype):
+        with self.gate.opened(), self._kernel_to_learn_by():
             output = self.chat_model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, **padding)
             hidden = output.last_hidden_state  # (B, M, H)
         return self._head(hidden[:, -1])
@@ -222,7 +242,9 @@ class GuardedChat(nn.Module):
             raise UserError(f"a prompt of {longest} tokens leaves no room for {max_new_tokens} more in the context")
         if min(max_new_tokens, verdict_every) < 1:
             raise UserError("an answer needs at least 1 token, and so does the step from verdict to verdict")
-        if taken := options.keys() & {"generation_config", "stop_strings", "max_time", "forced_eos_token_id"}:
+        unjudged = {"generation_config", "stop_strings", "max_time", "forced_eos_token_id"}
+        own = {name for name in unjudged if getattr(self.chat_model.generation_config, name, None) is not None}
+        if taken := (options.keys() & unjudged) | own:
             raise UserError(f"a moderated answer cannot have {', '.join(taken)}; its ends are stopping_criteria")
         ids, mask = self._pad(conversations, "left")  # (B, T)
         (rows, width), device = ids.shape, ids.device
@@ -272,10 +294,7 @@ class GuardedChat(nn.Module):
             return done.logical_or_(ended).clone()
 
         options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
-        # transformers inspects each processor's signature at every token: quick for a method, half a millisecond for a
-        # function, whose own __call__ is no Python code.
-        processor = type("BeforeToken", (), {"__call__": staticmethod(before_token)})()
-        options["logits_processor"] = [*(options.get("logits_processor") or []), processor]
+        options["logits_processor"] = [*(options.get("logits_processor") or []), Processor(before_token)]
         options |= {"return_dict_in_generate": False, "cache_implementation": None}
         # One token more than asked for, which is always an end: the last token has to be read before its verdict.
         output = self.chat_model.generate(
@@ -310,6 +329,24 @@ class GuardedChat(nn.Module):
             for row, judged in zip(rows, self(ids).cpu(), strict=True):
                 logits[row] = logits[row].maximum(judged)
         return logits
+
+    @contextlib.contextmanager
+    def _kernel_to_learn_by(self):
+        """Attention by its plain formula, in training on a CPU in 16 bits.
+
+        With a dozen queries the flash kernel's backward would take a third of the guard prompt's time there; in fp32 it
+        is the faster one. The switches hold for all threads, so a guard that is in use leaves them alone.
+        """
+        if not self.training or self.guard_prompt_ids.device.type != "cpu" or self.chat_model.dtype == torch.float32:
+            yield
+            return
+        allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # meant for CUDA by its name alone
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
     def _pad(self, conversations, side):
         device = self.guard_prompt_ids.device
@@ -382,32 +419,19 @@ def read_adapter(path, settings):
     return tensors
 
 
+def _are_names(names):
+    return isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+
+
 def _some(names, shown=3):
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    return ", ".join(name[:80] for name in names[:shown]) + (
+        f" and {len(names) - shown} more" if len(names) > shown else ""
+    )
 
 
 def _positions(mask):
     """Position of each token in its own row, (B, T)."""
     return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-@contextlib.contextmanager
-def _kernel_to_learn_by(device, dtype):
-    """Attention by its plain formula where gradients are wanted from a CPU in 16 bits.
-
-    With a dozen queries the flash kernel's backward would take a third of the guard prompt's time there; in fp32 it is
-    the faster one. The switches hold for all threads, which is no harm while training: no other thread chats.
-    """
-    if not torch.is_grad_enabled() or device.type != "cpu" or dtype == torch.float32:
-        yield
-        return
-    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # meant for CUDA by its name alone
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
 def _windows(ids, context):
@@ -513,11 +537,12 @@ def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=No
         thresholds = Thresholds(*map(float, given))
         if any(map(math.isnan, thresholds)):
             raise UserError("the threshold is not a number, so nothing would ever be flagged")
-        read_adapter(adapter_path, {name: config[name] for name in GUARD})
+        read_adapter(adapter_path, {name: config[name] for name in ("base_fingerprint", *GUARD)})
         chat_model, tokenizer = load_chat_model(config["base_model"], config["dtype"])
         guard = GuardedChat(chat_model, tokenizer, **{name: config[name] for name in GUARD})
-        shift, temperature = calibration = torch.tensor([config["calibration"][name] for name in guard.calibration])
-        if len(shift) != 1 + len(guard.categories) or not calibration.isfinite().all() or temperature.min() <= 0:
+        calibration = torch.tensor([config["calibration"][name] for name in guard.calibration])
+        outputs = 1 + len(guard.categories)
+        if calibration.shape != (2, outputs) or not calibration.isfinite().all() or calibration[1].min() <= 0:
             raise ValueError("the calibration must be a shift and a temperature above 0 for each output")
         guard.calibration = config["calibration"]
     except UserError:
@@ -561,4 +586,5 @@ def write_whole(path, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; what was saved there before is whole") from error

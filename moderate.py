@@ -102,7 +102,7 @@ def moderate_turn(guard, prompt, response, thresholds, history=(), **options):
 def outcome(record):
     """What the guard made of a turn, in a line."""
     top = sorted(record["categories"].items(), key=lambda item: -item[1])[:3]
-    kinds = "".join(f", {name} {probability:.3f}" for name, probability in top)
+    kinds = "".join(f", {' '.join(printable(name).split())} {probability:.3f}" for name, probability in top)
     if record["stopped"] == "prompt":
         return f"[refused, the prompt is flagged: unsafe {record['prompt_unsafe_probability']:.3f}{kinds}]"
     if record["response"] is None:
@@ -309,7 +309,14 @@ def main():
         prompts = EXAMPLES if args.prompt is None else [args.prompt]
     unanswered = 0
     for prompt in prompts:
-        record = moderate_turn(guard, prompt, args.response, thresholds, **options)
+        try:
+            record = moderate_turn(guard, prompt, args.response, thresholds, **options)
+        except UserError as error:  # one line that cannot be judged is no reason to leave the next ones out
+            if not first:
+                raise
+            print(f"[{error}]", file=sys.stderr if args.json else sys.stdout, flush=True)
+            unanswered += 1
+            continue
         if args.json:
             print(json.dumps(record), flush=True)
         elif first:
@@ -319,7 +326,7 @@ def main():
             show(record)
         unanswered += record["response"] is None and not record["stopped"]
     if unanswered:
-        raise UserError(f"{unanswered} prompts leave no room for an answer in the model's context")
+        raise UserError(f"{unanswered} prompts leave no room for an answer in the context, or cannot be judged")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, RwkvConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, MambaConfig, RwkvConfig, TorchAoConfig
 
 from conftest import GROUPED, KINDS, make_guard, make_model, make_tokenizer
 from data import encode
@@ -121,3 +121,13 @@ def test_what_an_architecture_cannot_do_is_refused_with_the_reason(name, path):
     else:
         guard([[5, 6, 7], [8, 9]]).sum().backward()
         assert all(p.grad.any() for name, p in guard.adapter().items() if "lora_A" not in name)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_model_that_turns_a_text_by_its_longest_neighbour_is_refused(kind):
+    """Kills: a verdict that depends on the other rows of a batch."""
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4} if kind == "longrope" else {}
+    config = LlamaConfig(vocab_size=320, max_position_embeddings=256, rope_parameters=rope, **GROUPED)
+    with pytest.raises(UserError, match="longest text"):
+        GuardedChat(AutoModelForCausalLM.from_config(config), make_tokenizer(), lora_r=4)

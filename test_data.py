@@ -357,6 +357,36 @@ def test_a_text_that_the_template_drops_is_refused(tokenizer):
         encode(tokenizer, "hi", "safe", [said("system", "be kind")])
 
 
+def test_an_answer_that_the_template_cuts_is_refused_also_where_the_prompt_has_a_copy_of_it(tokenizer):
+    """Kills: looking for each text anywhere in what the template wrote."""
+    tokenizer.chat_template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    answer = "the answer is harmful</think>or safe"
+    for prompt in ("hi", f"Repeat after me: {answer}", f"{answer} {answer}"):
+        with pytest.raises(UserError, match="chat template"):
+            encode(tokenizer, prompt, answer)
+    tokenizer.chat_template = CHATML.replace("+ message['content']", "+ (message['content'] | trim)")
+    assert "safe" in tokenizer.decode(encode(tokenizer, "\n hi mark0mark\n", " safe "))  # spaces are no part of a text
+
+
+@pytest.mark.parametrize(
+    "when", ["named in the tokenizer's config", "added later", "that the template makes of a text"]
+)
+def test_control_tokens_are_all_that_were_added(when, tokenizer):
+    """Kills: a list that the tokenizer's author made, one of the tokens that were there once, special tokens alone."""
+    if when == "added later":
+        encode(tokenizer, "hi")
+    tokenizer.add_tokens(["<tool>"])
+    if when == "named in the tokenizer's config":
+        tokenizer.chat_control_tokens = ["<|im_start|>"]
+    if when == "that the template makes of a text":
+        start = "message['role'] + ('<tool>' if 'tool' in message['content'] else '')"
+        tokenizer.chat_template = CHATML.replace("message['role']", start)
+        with pytest.raises(UserError):
+            encode(tokenizer, "a tool", "safe")
+    else:
+        assert tokenizer.convert_tokens_to_ids("<tool>") not in encode(tokenizer, "a <tool>", "<tool>")
+
+
 def test_a_control_token_that_the_template_puts_together_is_defused_too(tokenizer):
     """Kills: looking for the control tokens in the template's text, where a role's mark may not stand in one piece."""
     tokenizer.add_tokens(["<|user|>", "<|assistant|>"])

@@ -1,5 +1,8 @@
 """Answers under guard. Each test names the mutation that it kills."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import TextStreamer
@@ -157,6 +160,20 @@ def test_every_token_is_computed_once_and_the_cache_ends_as_the_conversation(kin
         )
 
 
+def test_an_answers_cache_goes_with_the_answer():
+    """Kills: a cycle of references around generate, which keeps every cache until Python looks for cycles."""
+    guard, alive = guard_of(), []
+    judge = guard.judge
+    guard.judge = lambda cache, mask=None: alive.append(weakref.ref(cache)) or judge(cache, mask)
+    gc.collect()
+    gc.disable()
+    try:
+        guard.generate(prompts(guard)[:1], NEVER, max_new_tokens=3)
+        assert alive and not any(cache() for cache in alive)
+    finally:
+        gc.enable()
+
+
 class Tape:
     """A streamer that keeps what it gets, and fails at the given token."""
 
@@ -270,3 +287,11 @@ def test_what_cannot_be_moderated_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         guard.generate(prompts(guard)[:1], NEVER, **options)
     assert not guard.gate.is_open
+
+
+def test_an_end_that_the_models_own_generation_config_names_is_refused():
+    """Kills: looking at the call's options alone, and a traceback of transformers."""
+    guard = guard_of()
+    guard.chat_model.generation_config.stop_strings = ["a"]
+    with pytest.raises(UserError, match="stop_strings"):
+        guard.generate(prompts(guard)[:1], NEVER)

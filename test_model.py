@@ -140,7 +140,8 @@ def test_only_the_guard_prompt_of_16_bit_training_goes_without_the_flash_kernel(
     """Kills: another kernel for the chat path, for verdicts in use or in fp32, switches that stay as they were set."""
     guard = make_guard()
     guard.chat_model.to(getattr(torch, dtype))
-    with torch.set_grad_enabled(learning), torch.profiler.profile() as profiled:
+    guard.train(learning)
+    with torch.profiler.profile() as profiled:
         guard([[5, 6, 7]])
     calls = {event.key: event.count for event in profiled.key_averages()}
     assert calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == flash  # 2 layers, read and judged
@@ -498,6 +499,11 @@ def test_a_damaged_config_is_refused(saved, text):
         ("prompt_threshold", None),
         ("guard_path", "half"),
         ("categories", "x"),
+        ("categories", ["theft", "theft"]),
+        ("categories", [["theft"], ["hate"]]),
+        ("guard_prompt", ["a", "b"]),
+        ("base_fingerprint", {"config": "0"}),
+        ("calibration", {"shift": [[0.0]] * 3, "temperature": [[1.0]] * 3}),
         ("calibration", None),
         ("calibration", {"shift": [0.0, 0.0, 0.0], "temperature": [1.0]}),
         ("calibration", {"shift": [0.0], "temperature": [1.0]}),
@@ -517,7 +523,7 @@ def test_a_config_with_a_wrong_value_is_refused_by_field(saved, field, value):
         guard.save_adapter(adapter)
         with pytest.raises(UserError) as error:
             load_guard(config, adapter)
-        assert any(name in str(error.value) for name in ("config.json", field.replace("_", " "), "LoRA rank"))
+        assert any(name in str(error.value) for name in ("config.json", field, field.replace("_", " "), "LoRA rank"))
 
 
 def test_probabilities_are_what_the_calibration_makes_of_the_logits(saved):
@@ -536,7 +542,8 @@ def test_probabilities_are_what_the_calibration_makes_of_the_logits(saved):
 
 def test_settings_that_make_no_sense_are_refused():
     """Kills: a check left out; a misspelt setting taken for the default."""
-    for wrong in ({"lora_r": 0}, {"lora_alpha": -1.0}, {"lora_dropout": 1.0}, {"guard_prompt": ""}):
+    names = {"categories": ["a", "a"]}, {"categories": "ab"}, {"categories": [1, 2]}, {"guard_prompt": ["a", "b"]}
+    for wrong in ({"lora_r": 0}, {"lora_alpha": -1.0}, {"lora_dropout": 1.0}, {"guard_prompt": ""}, *names):
         with pytest.raises(UserError):
             make_guard(**wrong)
     with pytest.raises(UserError, match="categories"):

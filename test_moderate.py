@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import lora
 import model
 import moderate
 from conftest import CHATML, make_guard
 from data import encode
 from lora import UserError
 from model import Answer, GuardedChat, Thresholds
-from moderate import Screen, chat, moderate_turn, score_file
+from moderate import Screen, chat, moderate_turn, outcome, score_file
 
 FIELDS = ["prompt", "prompt_unsafe_probability", "response", "response_unsafe_probability", "flagged", "stopped"]
 FIELDS += ["verdicts", "categories"]
@@ -431,6 +432,45 @@ def test_a_line_that_is_unanswered_is_told_whichever_it_is(files, monkeypatch, c
         with pytest.raises(UserError, match="1 prompts leave no room"):
             run(monkeypatch, capsys, *files, "--threshold=2", "--json", "--max-new-tokens=3")
     assert [json.loads(line)["response"] is None for line in capsys.readouterr().out.splitlines()] == [True, False]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_line_that_cannot_be_judged_keeps_nobody_waiting(options, files, monkeypatch, capsys, tmp_path):
+    """Kills: leaving at the first refused line, a refusal among the objects of --json, exit status 0 for it."""
+
+    def encode(tokenizer, prompt, *others, **named):
+        if "odd" in prompt:
+            raise UserError("no such text")
+        return data_encode(tokenizer, prompt, *others, **named)
+
+    data_encode = moderate.encode
+    monkeypatch.setattr(moderate, "encode", encode)
+    (tmp_path / "lines").write_text("odd\nhi\n")
+    with open(tmp_path / "lines") as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        with pytest.raises(UserError, match="1 prompts"):
+            run(monkeypatch, capsys, *files, "--threshold=0", "--max-new-tokens=3", *options)
+    shown = capsys.readouterr()
+    assert ("no such text" in shown.err) == bool(options) and len(shown.out.splitlines()) == 2 - len(options)
+
+
+def test_names_from_files_cannot_move_the_terminal(capsys, monkeypatch):
+    """Kills: a category's name or an error's text that is printed as it stands."""
+    record = {
+        "response": "a",
+        "stopped": None,
+        "response_unsafe_probability": 0.5,
+        "categories": {"\x1b]0;x\x07\n!": 0.1},
+    }
+    assert outcome(record).isprintable()
+
+    def main():
+        raise UserError("tensor evil\n\x1b[2Jx\u202e" + "y" * 10_000)
+
+    with pytest.raises(SystemExit) as left:
+        lora.run(main)
+    line = capsys.readouterr().err
+    assert left.value.code == 2 and line.endswith("\n") and line[:-1].isprintable() and len(line) < 2500
 
 
 def test_a_reader_that_leaves_is_no_error(files):

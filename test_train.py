@@ -314,11 +314,21 @@ def test_a_death_at_any_write_changes_no_byte(function, model_folder, rows, tmp_
 
 
 def test_a_resume_with_other_arguments_rows_or_model_is_refused_by_name(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: an argument that is not compared, other rows under the same name, another model in the same folder."""
+    """Kills: an argument that is not compared, caches that are kept from the middle on, a damaged state that torch can
+    read, other rows under the same name, another model in the same folder."""
     arguments = ["--dataset", rows, "--epochs=1"]
     run(monkeypatch, model_folder, tmp_path / "run", *arguments)
     with pytest.raises(UserError, match=r"arguments\.lora_dropout"):
         run(monkeypatch, model_folder, tmp_path / "run", *arguments, "--lora-dropout=0.1", "--resume")
+    with pytest.raises(UserError, match=r"arguments\.caches_kept"):
+        run(monkeypatch, model_folder, tmp_path / "run", *arguments, "--cache-dir", tmp_path / "caches", "--resume")
+    state = tmp_path / "run/checkpoints/state.pt"
+    whole = state.read_bytes()
+    for damaged in ({"update": 3}, [1], None):
+        torch.save(damaged, state)
+        with pytest.raises(UserError, match="holds no run to go on with"):
+            run(monkeypatch, model_folder, tmp_path / "run", *arguments, "--resume")
+    state.write_bytes(whole)
     text = Path(rows).read_text()
     Path(rows).write_text(text.replace("safe safe", "safe"))
     with pytest.raises(UserError, match=r"rows\.train"):

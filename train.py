@@ -126,6 +126,7 @@ def main():
     places = ("output_dir", "cache_dir", "resume", "save_steps")
     config["arguments"] = {name: value for name, value in vars(args).items() if name not in places}
     # Not arguments of this command, but as much a part of what it computes.
+    config["arguments"]["caches_kept"] = args.cache_dir is not None  # they are made alone, and round otherwise
     config["arguments"] |= {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     config["arguments"]["compute_dtype"] = str(chat_model.dtype).removeprefix("torch.")
     state = open_output(output, config, args.resume)
@@ -155,7 +156,7 @@ def main():
     pos_weight = ((known - positives) / positives.clamp(min=1)).to(accelerator.device)
 
     parameters = list(trainable(guard).values())
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
     sums = torch.zeros(len(lengths), targets["train"].shape[1] + 1)  # of an epoch's logits for each row, and how many
     if state["update"]:
         learnt = state.pop("adapter")
@@ -345,7 +346,8 @@ def open_output(output, config, resume):
     try:
         saved = json.loads((output / "config.json").read_text())
         if path.exists():  # or the run was killed before it had learnt anything worth keeping
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            saved_state = torch.load(path, map_location="cpu", weights_only=True)
+            state = {name: saved_state[name] for name in (*state, "adapter", "optimizer", "sums")}
         parts = [(part, saved[part], config[part]) for part in ("base_fingerprint", "rows", "arguments")]
         differing = [f"{part}.{name}" for part, old, new in parts for name in new if old.get(name) != new[name]]
         differing = [name for name in differing if name != "arguments.dataset"]  # the rows are compared themselves
