@@ -245,14 +245,18 @@ def encode(tokenizer, prompt, response=None, history=()):
     answered = is_answer(response)
     if answered:
         messages.append({"role": "assistant", "content": response})
+    # By these two transformers tells literals in texts from the template's own. It drops them from texts, but on the
+    # way to ids alone, so the template could be shown one text there and another here.
+    messages = [message | {"content": re.sub("[\U000f0000\U000f0001]", "", message["content"])} for message in messages]
     options = {"add_generation_prompt": not answered, "continue_final_message": answered}
     marks = [f"mark{n}mark" if message["content"].strip() else "" for n, message in enumerate(messages)]
     letters = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
     # What the template drops of earlier answers, as reasoning, the chat model does not read either.
     earlier = [message["role"] == "assistant" for message in messages[:-1]] + [False]
     to_see = [b if skipped else a for a, b, skipped in zip(messages, letters, earlier, strict=True)]
-    # All, for a template can put one together from its parts, out of sight of what looks for it there.
-    control = {token: n for token, n in tokenizer.get_added_vocab().items() if token.strip()}
+    # All, for a template can put one together from its parts, out of sight of what looks for it there; but runs of
+    # spaces, which Gemma writes as lower blocks, are text.
+    control = {token: n for token, n in tokenizer.get_added_vocab().items() if token.replace("\u2581", " ").strip()}
     try:
         shown, skeleton = (tokenizer.apply_chat_template(some, tokenize=False, **options) for some in (to_see, letters))
         with TOKENIZING:

@@ -244,7 +244,7 @@ def table(result):
         lines.append(f"{name:50} {value:>6}{interval}" + f"  (a random scorer: {random:.3f})" * (name == "auprc"))
     if unknown := result["unknown_categories"]:
         lines.append(f"categories that the guard does not know: {', '.join(unknown)}")
-    return "\n".join(lines)
+    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)  # names are strangers'
 
 
 def plot(path, labels, scores):

@@ -115,7 +115,6 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, within=""):
     targets: names of linear layers or ends of their paths ("q_proj", "self_attn.q_proj"), or "all-linear" for all;
     with none, the model is frozen and nothing more. Raises UserError for a target that matches no linear layer.
     """
-    model.requires_grad_(False)
     below = f"{within}." if within else ""
     linear = {name: module for name, module in model.named_modules() if name.startswith(below) and linear_sizes(module)}
     chosen = set()
@@ -128,9 +127,11 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, within=""):
     largest = max((max(linear_sizes(linear[name])) for name in chosen), default=r)
     if r > largest:
         raise UserError(f"a LoRA rank of {r} is no low rank: the largest layer is {largest} wide")
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     for name in chosen:
-        if linear[name]._forward_pre_hooks or linear[name]._forward_hooks:
+        if any(getattr(linear[name], kind) for kind in hooks):
             raise UserError(f"{name} has hooks, which would not be called any more: remove them first")
+    model.requires_grad_(False)
     gate = Gate()
     for name in [name for name in linear if name in chosen]:  # in the model's order, so that a seed fixes every A
         parent, _, child = name.rpartition(".")

@@ -99,13 +99,6 @@ class GuardedChat(nn.Module):
             raise UserError("a guard without the unsafe output needs rows with categories to learn from")
         if not (isinstance(settings["guard_prompt"], str) and _are_names(settings["categories"])):
             raise UserError("the guard prompt must be text, and the categories a list of different names")
-        rope = getattr(chat_model.config.get_text_config(), "rope_parameters", None) or {}
-        if {"dynamic", "longrope"} & {
-            part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)
-        }:
-            raise UserError(
-                "this model turns tokens by the longest text beside them, so no verdict would be a text's own"
-            )
         if chat_model.base_model is chat_model:
             raise UserError(f"a {type(chat_model).__name__} does not say what of it is below the language-model head")
         # A guard fits one base model, so that is part of what is saved with it.
@@ -126,6 +119,11 @@ class GuardedChat(nn.Module):
         ids = [] if self.is_full else tokenizer(settings["guard_prompt"], add_special_tokens=False).input_ids
         self.register_buffer("guard_prompt_ids", torch.tensor([ids], dtype=torch.long), persistent=False)  # (1, M)
         context = getattr(chat_model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        rope = getattr(chat_model.config.get_text_config(), "rope_parameters", None) or {}
+        for part in (rope, *rope.values()):
+            if isinstance(part, dict) and part.get("rope_type") == "longrope":
+                # Beyond that it turns all tokens of a batch otherwise, and a verdict would depend on its neighbours.
+                context = min(context, part["original_max_position_embeddings"])
         self.max_tokens = context - len(ids)
         if not (self.is_full or ids) or self.max_tokens < 1:
             raise UserError(f"a guard prompt of {len(ids)} tokens does not fit a context of {context}")
@@ -245,7 +243,10 @@ class GuardedChat(nn.Module):
         unjudged = {"generation_config", "stop_strings", "max_time", "forced_eos_token_id"}
         own = {name for name in unjudged if getattr(self.chat_model.generation_config, name, None) is not None}
         if taken := (options.keys() & unjudged) | own:
-            raise UserError(f"a moderated answer cannot have {', '.join(taken)}; its ends are stopping_criteria")
+            advice = (
+                "its ends are stopping_criteria; take them out of the model's generation_config.json, if they are there"
+            )
+            raise UserError(f"a moderated answer cannot have {', '.join(taken)}: {advice}")
         ids, mask = self._pad(conversations, "left")  # (B, T)
         (rows, width), device = ids.shape, ids.device
         cache = DynamicCache(config=self.chat_model.config.get_text_config(decoder=True))
@@ -587,4 +588,4 @@ def write_whole(path, content):
         with contextlib.suppress(OSError):
             aside.unlink()
         reason = error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}; what was saved there before is whole") from error
+        raise UserError(f"cannot write {path}: {reason}; an older file there is whole") from error

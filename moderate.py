@@ -201,7 +201,7 @@ def chat(guard, thresholds, **options):
             print("[interrupted, and forgotten]\n")
             continue
         except UserError as error:  # a text that cannot be judged is no reason to leave
-            print(f"[{error}]\n")
+            print(f"[{printable(str(error))}]\n")
             continue
         finally:
             signal.signal(signal.SIGINT, handler)
@@ -314,7 +314,7 @@ def main():
         except UserError as error:  # one line that cannot be judged is no reason to leave the next ones out
             if not first:
                 raise
-            print(f"[{error}]", file=sys.stderr if args.json else sys.stdout, flush=True)
+            print(f"[{printable(str(error))}]", file=sys.stderr if args.json else sys.stdout, flush=True)
             unanswered += 1
             continue
         if args.json:

@@ -123,11 +123,17 @@ def test_what_an_architecture_cannot_do_is_refused_with_the_reason(name, path):
         assert all(p.grad.any() for name, p in guard.adapter().items() if "lora_A" not in name)
 
 
+@pytest.mark.parametrize("path", ["activated", "full"])
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_a_model_that_turns_a_text_by_its_longest_neighbour_is_refused(kind):
-    """Kills: a verdict that depends on the other rows of a batch."""
+def test_a_verdict_is_a_texts_own_where_the_rotary_frequencies_change_with_the_length(kind, path):
+    """Kills: rows of a batch that turn as the longest of them does."""
     rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4} if kind == "longrope" else {}
     config = LlamaConfig(vocab_size=320, max_position_embeddings=256, rope_parameters=rope, **GROUPED)
-    with pytest.raises(UserError, match="longest text"):
-        GuardedChat(AutoModelForCausalLM.from_config(config), make_tokenizer(), lora_r=4)
+    torch.manual_seed(0)
+    guard = GuardedChat(AutoModelForCausalLM.from_config(config), make_tokenizer(), lora_r=4, guard_path=path)
+    for parameter in guard.adapter().values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    rows = [[5 + n % 300 for n in range(length)] for length in (40, 150, 200, 230)]
+    alone = torch.cat([guard.score([row]) for row in rows])
+    assert torch.allclose(guard.score(rows), alone, atol=1e-4)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from bench import load, load_in_peft, medians, operations, time_forward, time_training, time_verdicts
-from conftest import make_guard
+from conftest import make_guard, make_model
 
 
 def test_contestants_take_turns_and_the_median_counts(monkeypatch):
@@ -45,6 +45,17 @@ def test_a_verdict_is_timed_beside_one_decode_step_and_a_fresh_pass(monkeypatch)
     question = guards["activated"].guard_prompt_ids.shape[1]
     assert computed == [(20, False), *[(1, False)] * 2, *[(question, True)] * 2, *[(20, True)] * 2]
     assert (times["activated"][0] == times["activated"][1]).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama2", "gpt2"])
+def test_the_untouched_model_has_the_guards_tensors(kind):
+    """Kills: weights that are left its own, a model that computes something else."""
+    guard, untouched = make_guard(kind), make_model(kind, seed=3)
+    bench.share_weights(guard, untouched)
+    places = {parameter.data_ptr() for parameter in guard.chat_model.parameters()}
+    assert all(parameter.data_ptr() in places for parameter in untouched.parameters())
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(untouched(ids).logits, guard.chat_model(ids).logits)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from tokenizers import AddedToken
 
 import data
 from conftest import CHATML
@@ -360,10 +361,11 @@ def test_a_text_that_the_template_drops_is_refused(tokenizer):
 def test_an_answer_that_the_template_cuts_is_refused_also_where_the_prompt_has_a_copy_of_it(tokenizer):
     """Kills: looking for each text anywhere in what the template wrote."""
     tokenizer.chat_template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
-    answer = "the answer is harmful</think>or safe"
-    for prompt in ("hi", f"Repeat after me: {answer}", f"{answer} {answer}"):
-        with pytest.raises(UserError, match="chat template"):
-            encode(tokenizer, prompt, answer)
+    for end in ("</think>", "</\U000f0000think>", "</th\U000f0001ink>"):  # with what transformers takes out of texts
+        answer = f"the answer is harmful{end}or safe"
+        for texts in (("hi", answer), (f"Repeat after me: {answer}", answer), (answer, "safe"), (answer,)):
+            with pytest.raises(UserError, match="chat template"):
+                encode(tokenizer, *texts)
     tokenizer.chat_template = CHATML.replace("+ message['content']", "+ (message['content'] | trim)")
     assert "safe" in tokenizer.decode(encode(tokenizer, "\n hi mark0mark\n", " safe "))  # spaces are no part of a text
 
@@ -375,16 +377,22 @@ def test_control_tokens_are_all_that_were_added(when, tokenizer):
     """Kills: a list that the tokenizer's author made, one of the tokens that were there once, special tokens alone."""
     if when == "added later":
         encode(tokenizer, "hi")
-    tokenizer.add_tokens(["<tool>"])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
     if when == "named in the tokenizer's config":
         tokenizer.chat_control_tokens = ["<|im_start|>"]
     if when == "that the template makes of a text":
-        start = "message['role'] + ('<tool>' if 'tool' in message['content'] else '')"
-        tokenizer.chat_template = CHATML.replace("message['role']", start)
-        with pytest.raises(UserError):
-            encode(tokenizer, "a tool", "safe")
+        tokenizer.chat_template = CHATML.replace("message['content']", "'<' + message['content'] + '>'")
+        with pytest.raises(UserError, match="control token"):
+            encode(tokenizer, "tool", "safe")
     else:
         assert tokenizer.convert_tokens_to_ids("<tool>") not in encode(tokenizer, "a <tool>", "<tool>")
+
+
+def test_runs_of_spaces_that_were_added_are_text(tokenizer):
+    """Kills: refusing what a tokenizer, as Gemma's, writes as one token that was added."""
+    tokenizer.add_tokens([AddedToken("\u2581\u2581", normalized=False), AddedToken("  ", normalized=False)])
+    ids = encode(tokenizer, "a\u2581\u2581b", "c  d")
+    assert {"\u2581\u2581", "  "} <= set(tokenizer.convert_ids_to_tokens(ids))
 
 
 def test_a_control_token_that_the_template_puts_together_is_defused_too(tokenizer):

@@ -166,13 +166,14 @@ def test_a_target_that_matches_no_linear_layer_is_an_error(targets):
         inject_lora(make_model(), targets, R, ALPHA, within="model")
 
 
-@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
 def test_a_target_with_hooks_is_refused(hook):
     """Kills: a chat path that differs, for a target's own hooks are passed by; half an injection."""
     model = make_model()
     handle = getattr(model.model.layers[1].mlp.up_proj, hook)(lambda *_: None)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj has hooks"):
         inject_lora(model, ["up_proj"], R, ALPHA, within="model")
+    assert all(parameter.requires_grad for parameter in model.parameters())
     handle.remove()  # and nothing has happened
     inject_lora(model, ["up_proj"], R, ALPHA, within="model")
     assert sum(isinstance(module, LoRALinear) for module in model.modules()) == 2
