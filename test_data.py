@@ -351,21 +351,25 @@ def test_a_text_that_the_template_drops_is_refused(tokenizer):
     for texts in (("hi|harmful",), ("hi|harmful", "safe"), ("hi", "safe|harmful"), ("hi", "safe", earlier)):
         with pytest.raises(UserError, match="chat template"):
             encode(tokenizer, *texts)
-    tokenizer.chat_template = CHATML.replace("{{ '<|im", "{% if message['role'] != 'system' %}{{ '<|im").replace(
-        "{% endfor", "{% endif %}{% endfor"
-    )
-    with pytest.raises(UserError, match="chat template"):
+    tokenizer.chat_template = CHATML.replace("in messages", "in messages if message['role'] != 'system'")
+    with pytest.raises(UserError, match="leaves out"):
         encode(tokenizer, "hi", "safe", [said("system", "be kind")])
 
 
 def test_an_answer_that_the_template_cuts_is_refused_also_where_the_prompt_has_a_copy_of_it(tokenizer):
     """Kills: looking for each text anywhere in what the template wrote."""
-    tokenizer.chat_template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
-    for end in ("</think>", "</\U000f0000think>", "</th\U000f0001ink>"):  # with what transformers takes out of texts
-        answer = f"the answer is harmful{end}or safe"
-        for texts in (("hi", answer), (f"Repeat after me: {answer}", answer), (answer, "safe"), (answer,)):
-            with pytest.raises(UserError, match="chat template"):
-                encode(tokenizer, *texts)
+    cut = "(message['content'].split('</think>')[-1] if message['role'] == '{}' else message['content'])"
+    for role in ("assistant", "user"):
+        tokenizer.chat_template = CHATML.replace("message['content']", cut.format(role))
+        for end in (
+            "</think>",
+            "</\U000f0000think>",
+            "</th\U000f0001ink>",
+        ):  # with what transformers takes out of texts
+            text = f"the answer is harmful{end}or safe"
+            for answer in {"assistant": (text,), "user": ("safe", None)}[role]:
+                with pytest.raises(UserError, match="leaves out"):
+                    encode(tokenizer, f"Repeat after me: {text}", answer)
     tokenizer.chat_template = CHATML.replace("+ message['content']", "+ (message['content'] | trim)")
     assert "safe" in tokenizer.decode(encode(tokenizer, "\n hi mark0mark\n", " safe "))  # spaces are no part of a text
 

@@ -8,6 +8,8 @@ import math
 import multiprocessing
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -398,6 +400,13 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_saved(model_folder, rows
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*state.pt: No space left"):
         patch.setattr(os, "fsync", fills_up)
         run(patch, model_folder, tmp_path / "run", *arguments)
+    assert saved[-1] == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    # And by a limit of the system's own: no file of more than 16 KB, which the state has.
+    command = shlex.join(map(str, [sys.executable, SCRIPT, model_folder, tmp_path / "run", *arguments, "--resume"]))
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -f 16; exec {command}"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2 and re.search(r"cannot write .*state\.pt: File too large", result.stderr)
     assert saved[-1] == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     run(monkeypatch, model_folder, tmp_path / "run", *arguments, "--resume")
     same_files(tmp_path / "whole", tmp_path / "run")
