@@ -344,7 +344,6 @@ def main():
     result["score_fraction_of_limit"] = operations(guard, map(len, some), training=False) / seconds / limit
 
     result |= {f"logits_from_peft_{g.settings['guard_path']}": load_in_peft(args, g) for g in (guard, full)}
-    guard.cast_for_use()
     full.cast_for_use()
     forward = time_forward(args, full, some[-BATCH:], rounds)
     result |= {"lora_over_peft": forward["ours"] / forward["peer"], "logits_apart": forward["difference"]}

@@ -261,10 +261,8 @@ def encode(tokenizer, prompt, response=None, history=()):
         shown, skeleton = (tokenizer.apply_chat_template(some, tokenize=False, **options) for some in (to_see, letters))
         with TOKENIZING:
             tokenizer.chat_control_tokens = list(control)
-            ids, plain = (
-                tokenizer.apply_chat_template(some, sanitize_control_tokens=True, return_dict=False, **options)
-                for some in (messages, letters)
-            )
+            ids = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False, **options)
+            plain = tokenizer(skeleton, add_special_tokens=False).input_ids
     except Exception as error:  # a template is a program of the model's author, which raises what it likes
         raise UserError(f"the chat template cannot write this conversation: {first_line(error)}") from error
     whole = re.sub("mark([0-9]+)mark", lambda mark: to_see[int(mark[1])]["content"], skeleton)
@@ -272,8 +270,8 @@ def encode(tokenizer, prompt, response=None, history=()):
     if not there or "".join(shown.split()) != "".join(whole.split()):
         raise UserError("the chat template leaves out a part of this conversation, which the guard would not see")
     # Literals are defused as they stand, but a tokenizer may look for tokens in what it normalises the text to.
-    control = set(control.values())
-    if [n for n in ids if n in control] != [n for n in plain if n in control]:
+    control_ids = set(control.values())
+    if [n for n in ids if n in control_ids] != [n for n in plain if n in control_ids]:
         raise UserError("a text of this conversation would become a control token of the chat template")
     return ids
 

@@ -11,7 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from data import answer_start_of, encode_row, evaluation_rows, is_answer, prompt_key
-from lora import UserError, first_line, run
+from lora import UserError, first_line, one_line, run
 from model import load_guard, probabilities, verdict_fields, write_whole
 
 BINS = np.linspace(0, 1, 11)  # of probabilities, for the calibration error and its diagram
@@ -244,7 +244,7 @@ def table(result):
         lines.append(f"{name:50} {value:>6}{interval}" + f"  (a random scorer: {random:.3f})" * (name == "auprc"))
     if unknown := result["unknown_categories"]:
         lines.append(f"categories that the guard does not know: {', '.join(unknown)}")
-    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)  # names are strangers'
+    return "\n".join(map(one_line, lines))
 
 
 def plot(path, labels, scores):

@@ -33,14 +33,18 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:
-        line = "".join(c if c.isprintable() else " " for c in str(error))[:2000]  # it may quote a stranger's file
-        print(f"{sys.argv[0]}: {line}", file=sys.stderr)
+        print(f"{sys.argv[0]}: {one_line(str(error))[:2000]}", file=sys.stderr)
         sys.exit(2)
 
 
 def first_line(error):
     """An error of another library, cut to what fits a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def one_line(text):
+    """The text with spaces for what would break a line or move a terminal's cursor: it may quote a stranger's file."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 class Gate(threading.local):
@@ -113,7 +117,8 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, within=""):
     """Freeze `model`, then put a LoRALinear around every target below the submodule named `within`; returns their Gate.
 
     targets: names of linear layers or ends of their paths ("q_proj", "self_attn.q_proj"), or "all-linear" for all;
-    with none, the model is frozen and nothing more. Raises UserError for a target that matches no linear layer.
+    with none, the model is frozen and nothing more. Raises UserError for a target that matches no linear layer or has
+    hooks.
     """
     below = f"{within}." if within else ""
     linear = {name: module for name, module in model.named_modules() if name.startswith(below) and linear_sizes(module)}

@@ -118,8 +118,9 @@ class GuardedChat(nn.Module):
         self.cache_dir = None
         ids = [] if self.is_full else tokenizer(settings["guard_prompt"], add_special_tokens=False).input_ids
         self.register_buffer("guard_prompt_ids", torch.tensor([ids], dtype=torch.long), persistent=False)  # (1, M)
-        context = getattr(chat_model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        rope = getattr(chat_model.config.get_text_config(), "rope_parameters", None) or {}
+        config = chat_model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        rope = getattr(config, "rope_parameters", None) or {}
         for part in (rope, *rope.values()):
             if isinstance(part, dict) and part.get("rope_type") == "longrope":
                 # Beyond that it turns all tokens of a batch otherwise, and a verdict would depend on its neighbours.

@@ -361,11 +361,8 @@ def test_an_answer_that_the_template_cuts_is_refused_also_where_the_prompt_has_a
     cut = "(message['content'].split('</think>')[-1] if message['role'] == '{}' else message['content'])"
     for role in ("assistant", "user"):
         tokenizer.chat_template = CHATML.replace("message['content']", cut.format(role))
-        for end in (
-            "</think>",
-            "</\U000f0000think>",
-            "</th\U000f0001ink>",
-        ):  # with what transformers takes out of texts
+        for mark in ("", "\U000f0000", "\U000f0001"):  # which transformers takes out of texts
+            end = f"</{mark}think>"
             text = f"the answer is harmful{end}or safe"
             for answer in {"assistant": (text,), "user": ("safe", None)}[role]:
                 with pytest.raises(UserError, match="leaves out"):
