@@ -78,8 +78,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, sizes, r, lora_alpha, lora_dropout, gate):
         super().__init__()
-        self.base, self.gate, self.scaling = base, gate, lora_alpha / r
-        self.dropout = nn.Dropout(lora_dropout)
+        self.base, self.gate, self.scaling, self.lora_dropout = base, gate, lora_alpha / r, lora_dropout
         self.lora_A = nn.Parameter(torch.empty(r, sizes[0], dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(sizes[1], r, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -90,8 +89,8 @@ class LoRALinear(nn.Module):
         y = self._modules["base"].forward(x)  # (..., out)
         if not self.gate.is_open:
             return y
-        if self.dropout.training:  # not called in vain: a verdict passes hundreds of these layers
-            x = self.dropout(x)
+        if self.training:  # not called in vain: a verdict passes hundreds of these layers
+            x = F.dropout(x, self.lora_dropout)
         ax = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
         return torch.add(y, F.linear(ax, self.lora_B.to(x.dtype)), alpha=self.scaling)  # (..., out)
 

@@ -108,11 +108,16 @@ class GuardedChat(nn.Module):
         lora = (settings[f"lora_{name}"] for name in ("targets", "r", "alpha", "dropout"))
         self.gate = inject_lora(chat_model, *lora, within=chat_model.base_model_prefix)
         # g_guard reads what g_lm reads, so it is as wide as the language-model head; some models make that narrower.
-        width = chat_model.get_output_embeddings().weight.shape[-1]
+        lm_head = chat_model.get_output_embeddings()
+        width = lm_head.weight.shape[-1]
         outputs = self.unsafe_head + len(self.categories)
         self.head = nn.Linear(width, outputs, bias=settings["clf_head_bias"], dtype=torch.float32)
         verdicts = 1 + len(self.categories)
         self.calibration = {"shift": [0.0] * verdicts, "temperature": [1.0] * verdicts}  # see `probabilities`
+
+        # Or torch would copy the frozen weight to multiply it by a slice of the hidden states, as a prompt's last token
+        # is, which takes half as long again as reading a short prompt.
+        lm_head.register_forward_pre_hook(_contiguous)
 
         self.is_full = settings["guard_path"] == "full"
         self.cache_dir = None
@@ -136,7 +141,7 @@ class GuardedChat(nn.Module):
         self.chat_model.eval()
         for module in self.modules():
             if isinstance(module, LoRALinear):
-                module.dropout.train(mode)
+                module.training = mode  # its base stays in evaluation
         return self
 
     def keep_caches(self, folder):
@@ -419,6 +424,10 @@ def read_adapter(path, settings):
     if wrong := [name for name, t in tensors.items() if t.dtype != torch.float32 or not t.isfinite().all()]:
         raise UserError(f"{path} holds values that are no finite numbers in fp32: {_some(wrong)}")
     return tensors
+
+
+def _contiguous(_, inputs):  # not by .contiguous(), which takes any strides for dimensions of size 1
+    return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs)
 
 
 def _are_names(names):

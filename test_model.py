@@ -6,6 +6,7 @@ import math
 import pickle
 import random
 import re
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -50,6 +51,20 @@ def test_chat_logits_are_bitwise_those_of_an_untouched_model(kind, path):
         assert torch.equal(guard.chat_model(ids).logits, wanted)
         with guard.gate.opened():
             assert not torch.equal(guard.chat_model(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_chat_path_computes_what_an_untouched_model_does(kind):
+    """Kills: an update that is multiplied by zero, a head that copies its frozen weight for a prompt's last token."""
+    ids, counts = torch.tensor([[5, 6, 7, 8]]), []
+    for model in (make_guard(kind).chat_model, make_model(kind)):
+        with torch.no_grad(), torch.profiler.profile() as profiled:
+            model(ids, logits_to_keep=1)
+        counts.append(Counter({event.key: event.count for event in profiled.key_averages()}))
+    copied = Counter(
+        {f"aten::{name}": 1 for name in ("clone", "copy_", "empty", "empty_like")}
+    )  # the token, and no more
+    assert counts[0] - counts[1] == copied and not counts[1] - counts[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
