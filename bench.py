@@ -1,12 +1,12 @@
 """The measurements behind the README's figures of speed.
 
-What is compared runs in turns in one process, and the medians of several rounds are set side by side: the clock of a
-shared machine is not to be trusted from one run to the next, but ratios from within one run are. The peer is peft, in
-the way that LoRA-Guard's authors use it: LoRA on q and v, every row padded to the longest, with an attention mask.
+What is compared takes turns in one process, and a ratio is the median of those of the rounds: a shared machine can be a
+quarter slower a minute later, but hardly from one turn to the next. The peer is peft, in the way that LoRA-Guard's
+authors use it: LoRA on q and v, every row padded to the longest, with an attention mask.
 
 Operations are counted as those of the matrix products that the guard's formulas need, two for each multiplication: no
 padding, no language-model head, the causal half of the attention, no gradient where none is needed. The limit is what
-the largest of a few square products of the same type does in a second on this machine.
+the fastest of a few square products of the same type does in a second, as another contestant of the same rounds.
 """
 
 import argparse
@@ -34,6 +34,7 @@ LENGTHS = (128, 512, 2048, 8192)  # tokens of a conversation
 STEPS = (16, 8, 32)  # tokens from verdict to verdict, the default first
 BATCH = 16  # rows, the default of train.py
 SCORED = 32  # and that of GuardedChat.score
+PRODUCTS = (1024, 2048, 3072)  # sizes of the square matrices
 GROWTH = {"rows": (4, 8, 16, 32), "length": (64, 128, 256, 512), "rank": (4, 16, 64)}  # around 16, 128 and 16
 
 
@@ -53,9 +54,9 @@ def parse_arguments():
     return args
 
 
-def medians(contestants, rounds):
-    """{name: median seconds} of functions that take turns of half a second or one call, whichever is longer."""
-    times = {name: [] for name in contestants}
+def turns(contestants, rounds):
+    """{name: seconds in each round} of functions that take turns of half a second or one call, whichever is longer."""
+    found = {name: [] for name in contestants}
     for contestant in contestants.values():  # warms up
         contestant()
     for _ in range(rounds):
@@ -65,8 +66,13 @@ def medians(contestants, rounds):
                 started = time.perf_counter()
                 contestant()
                 turn.append(time.perf_counter() - started)
-            times[name] += turn
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+            found[name].append(statistics.median(turn))
+    return found
+
+
+def ratio(found, one, other):
+    """How many times as long as `other` it is that `one` takes: the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(found[one], found[other], strict=True))
 
 
 def load(args, **settings):
@@ -97,7 +103,7 @@ def share_weights(guard, untouched):
 
 
 def time_stream(guard, untouched, rounds, tokens=128):
-    """Seconds for an answer: of a model without a guard, of one with the gate shut, with a verdict every N tokens."""
+    """Turns of writing an answer: without a guard, with the gate shut, with a verdict every N tokens."""
     share_weights(guard, untouched)
     prompt = encode(guard.tokenizer, PROMPT)
     ids = torch.tensor([prompt])
@@ -114,12 +120,12 @@ def time_stream(guard, untouched, rounds, tokens=128):
         return lambda: guard.generate([prompt], NEVER, max_new_tokens=tokens, verdict_every=every)
 
     contestants = {"plain": plain(untouched), "off": plain(guard.chat_model)}
-    return medians(contestants | {every: moderated(every) for every in STEPS}, rounds)
+    return turns(contestants | {every: moderated(every) for every in STEPS}, rounds)
 
 
 @torch.no_grad()
 def time_verdicts(activated, full, length, rounds):
-    """Seconds for a verdict on a conversation of `length` tokens, and for one decode step of the chat behind it."""
+    """Turns of a verdict on a conversation of `length` tokens, and of one decode step of the chat behind it."""
     ids = (encode(activated.tokenizer, PROMPT) * length)[:length]
     token = torch.tensor([ids[:1]])
     cache = activated.chat_model.base_model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
@@ -128,7 +134,7 @@ def time_verdicts(activated, full, length, rounds):
         "activated": lambda: activated.judge(cache),
         "full": lambda: full([ids]),
     }
-    return medians(contestants, rounds)
+    return turns(contestants, rounds)
 
 
 # Training and scoring.
@@ -191,25 +197,32 @@ def operations(guard, lengths, training):
     return total
 
 
-def peak_operations(dtype, rounds):
-    """Operations in a second of the fastest of a few square matrix products."""
-    found = []
-    for size in (1024, 2048, 3072):
-        one, other = torch.randn(2, size, size).to(dtype)
-        found.append(2 * size**3 / medians({"product": lambda one=one, other=other: one @ other}, rounds)["product"])
-    return max(found)
+def products(dtype):
+    """The contestants that the limit is made of."""
+    pairs = {size: torch.randn(2, size, size).to(dtype) for size in PRODUCTS}
+    return {size: lambda pair=pair: pair[0] @ pair[1] for size, pair in pairs.items()}
+
+
+def limits(found):
+    """Operations in a second of the fastest product of each round."""
+    rounds = zip(*(found[size] for size in PRODUCTS), strict=True)
+    return [max(2 * size**3 / seconds for size, seconds in zip(PRODUCTS, one, strict=True)) for one in rounds]
+
+
+def fraction_of_limit(found, name, needed):
+    """The share of the limit at which `name` does the operations that it needs: the median over the rounds."""
+    rounds = zip(found[name], limits(found), strict=True)
+    return statistics.median(needed / seconds / limit for seconds, limit in rounds)
 
 
 def time_training(args, guard, texts, targets, rounds):
-    """{"ours", "peer"}: (seconds, rows) of one pass over a sample of batches; and our row numbers."""
+    """Turns of our learning a sample of batches, of the products and of the peer; {"ours", "peer"}: row numbers."""
     ours = sample(texts, BATCH)
     learnt = [row for batch in ours for row in batch]
     theirs = learnt[: BATCH // 4 if args.quick else BATCH]
     step, peer = our_step(guard, texts, targets), their_step(args, dtype_of(guard), texts, targets)
-    contestants = {"ours": lambda: [step(batch) for batch in ours], "peer": lambda: peer(theirs)}
-    seconds = medians(contestants, rounds)
-    rows = {"ours": len(learnt), "peer": len(theirs)}
-    return {name: (seconds[name], rows[name]) for name in seconds}, learnt
+    contestants = {"ours": lambda: [step(batch) for batch in ours]} | products(guard.chat_model.dtype)
+    return turns(contestants | {"peer": lambda: peer(theirs)}, rounds), {"ours": learnt, "peer": theirs}
 
 
 def peft_config(guard, **options):
@@ -221,7 +234,7 @@ def peft_config(guard, **options):
 
 @torch.no_grad()
 def time_forward(args, full, texts, rounds):
-    """Seconds of the `full` path's pass over one batch, and of peft's with the same targets and tensors."""
+    """Turns of the `full` path's pass over a batch and of peft's with the same tensors; how far the logits differ."""
     chat_model, _ = load_chat_model(args.model, dtype_of(full))
     theirs = peft.get_peft_model(chat_model, peft_config(full), autocast_adapter_dtype=False).eval()
     tensors = {name: tensor for name, tensor in full.adapter().items() if "lora_" in name}
@@ -234,7 +247,7 @@ def time_forward(args, full, texts, rounds):
         return full.head(hidden[last].float())
 
     difference = (peer() - full(texts)).abs().max().item()
-    return medians({"ours": lambda: full(texts), "peer": peer}, rounds) | {"difference": difference}
+    return turns({"ours": lambda: full(texts), "peer": peer}, rounds), difference
 
 
 def load_in_peft(args, guard):
@@ -304,7 +317,7 @@ def draw(verdicts, path, caption):
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, marker in (("full", "s"), ("activated", "o"), ("decode step", "x")):
-        axes.plot(list(verdicts), [times[name] * 1000 for times in verdicts.values()], marker=marker, label=name)
+        axes.plot(list(verdicts), [times[name] for times in verdicts.values()], marker=marker, label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens of the conversation", ylabel="ms", title=caption)
     axes.set_xticks(list(verdicts), map(str, verdicts))
     axes.legend()
@@ -329,43 +342,46 @@ def main():
         raise UserError(f"there must be at least {SCORED} rows to measure with")
     texts = [encode(guard.tokenizer, *conversation(row)) for row in rows]
     targets = labels([row | {"category": None} for row in rows], guard.categories)
-    limit = peak_operations(guard.chat_model.dtype, rounds)
-    result |= {"rows": len(rows), "longest_row": max(map(len, texts)), "limit_gflops": limit / 1e9}
+    result |= {"rows": len(rows), "longest_row": max(map(len, texts))}
     training, learnt = time_training(args, guard, texts, targets, rounds)
-    per_second = {name: count / seconds for name, (seconds, count) in training.items()}
-    result |= {"train_rows_per_second": per_second["ours"], "train_speedup": per_second["ours"] / per_second["peer"]}
-    needed = operations(guard, [len(texts[row]) for row in learnt], training=True)
-    result["train_fraction_of_limit"] = needed / training["ours"][0] / limit
+    needed = operations(guard, [len(texts[row]) for row in learnt["ours"]], training=True)
+    result |= {
+        "limit_gflops": statistics.median(limits(training)) / 1e9,
+        "train_rows_per_second": len(learnt["ours"]) / statistics.median(training["ours"]),
+        "train_speedup": ratio(training, "peer", "ours") * len(learnt["ours"]) / len(learnt["peer"]),
+        "train_fraction_of_limit": fraction_of_limit(training, "ours", needed),
+    }
 
     guard.eval()
     some = [texts[row] for batch in sample(texts, SCORED) for row in batch]
-    seconds = medians({"score": lambda: guard.score(some)}, rounds)["score"]
-    result["score_tokens_per_second"] = sum(map(len, some)) / seconds
-    result["score_fraction_of_limit"] = operations(guard, map(len, some), training=False) / seconds / limit
+    scoring = turns({"score": lambda: guard.score(some)} | products(guard.chat_model.dtype), rounds)
+    result["score_tokens_per_second"] = sum(map(len, some)) / statistics.median(scoring["score"])
+    needed = operations(guard, map(len, some), training=False)
+    result["score_fraction_of_limit"] = fraction_of_limit(scoring, "score", needed)
 
     result |= {f"logits_from_peft_{g.settings['guard_path']}": load_in_peft(args, g) for g in (guard, full)}
     full.cast_for_use()
-    forward = time_forward(args, full, some[-BATCH:], rounds)
-    result |= {"lora_over_peft": forward["ours"] / forward["peer"], "logits_apart": forward["difference"]}
+    forward, difference = time_forward(args, full, some[-BATCH:], rounds)
+    result |= {"lora_over_peft": ratio(forward, "ours", "peer"), "logits_apart": difference}
 
     # A chat is written in the dtype that its model is stored in, whatever training and scoring compute in, to which
     # `full`, a pass over many tokens, keeps.
     guard, (untouched, _) = load(args), load_chat_model(args.model)
     guard.cast_for_use()
-    stream = time_stream(guard, untouched, rounds)
+    stream = time_stream(guard, untouched, rounds if args.quick else 3 * rounds)  # its ratios are near to 1
     result |= {
         "chat_dtype": dtype_of(guard),
         "full_dtype": dtype_of(full),
-        "plain_seconds": stream["plain"],
-        "off_over_plain": stream["off"] / stream["plain"],
+        "plain_seconds": statistics.median(stream["plain"]),
+        "off_over_plain": ratio(stream, "off", "plain"),
+        "stream_over_plain": ratio(stream, STEPS[0], "plain"),
     }
-    result["stream_over_plain"] = stream[STEPS[0]] / stream["plain"]
-    result |= {f"stream_over_plain_every_{every}": stream[every] / stream["plain"] for every in STEPS[1:]}
+    result |= {f"stream_over_plain_every_{every}": ratio(stream, every, "plain") for every in STEPS[1:]}
     verdicts = {length: time_verdicts(guard, full, length, rounds) for length in lengths}
-    for length, times in verdicts.items():
-        result[f"milliseconds_{length}"] = {name: 1000 * seconds for name, seconds in times.items()}
-        result[f"verdict_speedup_{length}"] = times["full"] / times["activated"]
-        result[f"verdict_over_decode_step_{length}"] = times["activated"] / times["decode step"]
+    for length, found in verdicts.items():
+        result[f"milliseconds_{length}"] = {name: 1000 * statistics.median(found[name]) for name in found}
+        result[f"verdict_speedup_{length}"] = ratio(found, "full", "activated")
+        result[f"verdict_over_decode_step_{length}"] = ratio(found, "activated", "decode step")
     result["verdict_over_decode_step"] = max(result[f"verdict_over_decode_step_{length}"] for length in lengths)
     if args.plot_growth:
         result["growth"] = measure_growth(args)
@@ -377,7 +393,7 @@ def main():
             print(f"{name:32}", value if isinstance(value, (str, int, dict)) else f"{value:.3f}")
     if args.plot:
         draw(
-            verdicts,
+            {length: result[f"milliseconds_{length}"] for length in lengths},
             args.plot,
             f"One verdict, {args.model} in {dtype_of(guard)}, {torch.get_num_threads()} CPU threads",
         )

@@ -9,13 +9,25 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from bench import load, load_in_peft, medians, operations, time_forward, time_training, time_verdicts
+from bench import (
+    PRODUCTS,
+    fraction_of_limit,
+    load,
+    load_in_peft,
+    operations,
+    ratio,
+    time_forward,
+    time_training,
+    time_verdicts,
+    turns,
+)
 from conftest import make_guard, make_model
 
 
 def test_contestants_take_turns_and_the_median_counts(monkeypatch):
-    """Kills: one contestant after the other, a warm-up that counts, a mean for the median."""
-    clock, calls, seconds = [0.0], [], {"a": iter([8, 1, 2, 30]), "b": iter([8, 0.25, 0.375, 0.25, 0.25, 0.25, 0.375])}
+    """Kills: one contestant after the other, a warm-up that counts, a mean for the median, a ratio of medians."""
+    clock, calls = [0.0], []
+    seconds = {"a": iter([8, 1, 2, 30]), "b": iter([8, 0.25, 0.25, 0.0625, 0.0625, 0.5, 0.5])}
 
     def contestant(name):
         def call():
@@ -25,9 +37,17 @@ def test_contestants_take_turns_and_the_median_counts(monkeypatch):
         return call
 
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    times = medians({name: contestant(name) for name in seconds}, 3)
-    assert "".join(calls) == "ab" + "abb" * 3
-    assert times == {"a": 2, "b": 0.25}
+    found = turns({name: contestant(name) for name in seconds}, 3)
+    assert "".join(calls) == "ab" + "abb" + "abbb" + "ab"
+    assert found == {"a": [1, 2, 30], "b": [0.25, 0.0625, 0.5]}
+    assert ratio(found, "a", "b") == 32 and ratio(found, "b", "a") == 1 / 32
+
+
+def test_the_limit_is_that_of_the_fastest_product_in_the_same_round():
+    """Kills: the slowest product, one limit for all rounds, a share that is no median."""
+    found = {size: [2 * size**3 / speed for speed in (1, 2, 4)] for size in PRODUCTS}
+    found[PRODUCTS[1]] = [seconds / 10 for seconds in found[PRODUCTS[1]]]
+    assert fraction_of_limit(found | {"work": [1, 2, 1]}, "work", 20) == pytest.approx(0.5)
 
 
 def test_a_verdict_is_timed_beside_one_decode_step_and_a_fresh_pass(monkeypatch):
@@ -40,7 +60,7 @@ def test_a_verdict_is_timed_beside_one_decode_step_and_a_fresh_pass(monkeypatch)
             ),
             with_kwargs=True,
         )
-    monkeypatch.setattr(bench, "medians", lambda contestants, rounds: {n: (c(), c()) for n, c in contestants.items()})
+    monkeypatch.setattr(bench, "turns", lambda contestants, rounds: {n: (c(), c()) for n, c in contestants.items()})
     times = time_verdicts(guards["activated"], guards["full"], 20, 1)
     question = guards["activated"].guard_prompt_ids.shape[1]
     assert computed == [(20, False), *[(1, False)] * 2, *[(question, True)] * 2, *[(20, True)] * 2]
@@ -92,16 +112,17 @@ def test_the_peer_pads_every_row_to_the_longest_and_ours_does_not(args, monkeypa
 
     monkeypatch.setattr(type(guard.chat_model.base_model), "forward", spy)
     monkeypatch.setattr(
-        bench, "medians", lambda contestants, rounds: {name: len([c()]) for name, c in contestants.items()}
+        bench, "turns", lambda contestants, rounds: {name: len([c()]) for name, c in contestants.items()}
     )
     texts = [[5] * (1 + row) for row in range(64)]
     targets = torch.zeros(64, 15)
     before = {name: parameter.clone() for name, parameter in guard.named_parameters()}
-    found, learnt = time_training(args, guard, texts, targets, 1)
+    found, rows = time_training(args, guard, texts, targets, 1)
     question = guard.guard_prompt_ids.shape[1]
     ours = [(bench.BATCH, length) for end in (16, 32, 48, 64) for length in (end, question)]
     assert [shape for shape, _ in seen] == [*ours, (bench.BATCH, 64)] and seen[-1][1]
-    assert found == {"ours": (1, 64), "peer": (1, 16)} and sorted(learnt) == list(range(64))
+    assert found.keys() == {"ours", "peer", *PRODUCTS}
+    assert sorted(rows["ours"]) == list(range(64)) and rows["peer"] == rows["ours"][:16]
     changed = {name for name, parameter in guard.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed and all("lora_" in name or name.startswith("head") for name in changed)
 
@@ -115,8 +136,8 @@ def test_a_saved_adapter_means_in_peft_what_it_means_here(path, args):
             torch.nn.init.normal_(parameter, std=0.3)
     assert load_in_peft(args, guard) < 1e-4
     if path == "full":
-        times = time_forward(args, guard, [[5, 6, 7], [8, 9]], 1)
-        assert times["difference"] < 1e-4 and times["ours"] > 0 and times["peer"] > 0
+        found, difference = time_forward(args, guard, [[5, 6, 7], [8, 9]], 1)
+        assert difference < 1e-4 and found.keys() == {"ours", "peer"}
 
 
 @pytest.mark.slow
@@ -124,7 +145,7 @@ def test_every_field_of_the_table_is_measured(model_folder, tmp_path, monkeypatc
     """Kills: a field left out or renamed, a plot of nothing, a number that JSON does not have."""
     monkeypatch.setattr(bench, "LENGTHS", (16, 32, 64, 128))
     monkeypatch.setattr(bench, "GROWTH", {"rows": (1, 2)})
-    monkeypatch.setattr(bench, "time_stream", lambda *_: {"plain": 2.0, "off": 2.5, 16: 3.0, 8: 4.0, 32: 2.0})
+    monkeypatch.setattr(bench, "time_stream", lambda *_: {"plain": [2.0], "off": [2.5], 16: [3.0], 8: [4.0], 32: [2.0]})
     plot = tmp_path / "growth.png"
     arguments = [model_folder, "--quick", "--json", "--plot-growth", plot]
     monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments)])
