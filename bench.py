@@ -368,7 +368,7 @@ def main():
     # `full`, a pass over many tokens, keeps.
     guard, (untouched, _) = load(args), load_chat_model(args.model)
     guard.cast_for_use()
-    stream = time_stream(guard, untouched, rounds if args.quick else 3 * rounds)  # its ratios are near to 1
+    stream = time_stream(guard, untouched, rounds if args.quick else 5 * rounds)  # its ratios are near to 1
     result |= {
         "chat_dtype": dtype_of(guard),
         "full_dtype": dtype_of(full),

@@ -69,7 +69,8 @@ def test_the_chat_path_computes_what_an_untouched_model_does(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_verdict_between_two_decode_steps_changes_neither_them_nor_the_cache(kind):
-    """Kills: judging on the cache itself, cropping it afterwards (wrong once a window has slid), a gate left open."""
+    """Kills: judging on the cache itself, cropping it afterwards (wrong once a window has slid), a gate left open,
+    logits that nobody may change."""
     guard, plain = make_guard(kind), make_model(kind)
     ids = conversations(guard)[2][:30]  # longer than the sliding window
     ours, theirs = read(guard, ids), DynamicCache(config=plain.config)
@@ -77,7 +78,7 @@ def test_a_verdict_between_two_decode_steps_changes_neither_them_nor_the_cache(k
         plain(torch.tensor([ids]), past_key_values=theirs)
         for token in (7, 8, 9):
             before, length = all_tensors(ours), ours.get_seq_length()
-            guard.judge(ours)
+            assert not guard.judge(ours).is_inference()
             assert ours.get_seq_length() == length
             assert all(map(torch.equal, all_tensors(ours), before))
             step = guard.chat_model(torch.tensor([[token]]), past_key_values=ours).logits
