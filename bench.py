@@ -385,12 +385,13 @@ def main():
     result["verdict_over_decode_step"] = max(result[f"verdict_over_decode_step_{length}"] for length in lengths)
     if args.plot_growth:
         result["growth"] = measure_growth(args)
-        draw_growth(result["growth"], args.plot_growth)
     if args.json:
         print(json.dumps(result))
     else:
         for name, value in result.items():
             print(f"{name:32}", value if isinstance(value, (str, int, dict)) else f"{value:.3f}")
+    if args.plot_growth:
+        draw_growth(result["growth"], args.plot_growth)
     if args.plot:
         draw(
             {length: result[f"milliseconds_{length}"] for length in lengths},

@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -514,6 +513,7 @@ def load_chat_model(name, dtype=None):
     """(model, tokenizer) for EMBEDDED, a .gguf file, a local folder or a hub id. Raises UserError where there is none.
 
     dtype: "bfloat16", "float32", ...; by default the one that the weights are stored in, and bfloat16 for GGUF.
+    What EMBEDDED is unpacked to is kept below HF_ASSETS_CACHE, where that can be written.
     """
     path, kept = Path(name), None
     if name == EMBEDDED:
@@ -527,9 +527,10 @@ def load_chat_model(name, dtype=None):
         with contextlib.suppress(Exception):  # if it is damaged it is made anew
             if kept.exists():
                 model, tokenizer = _from_pretrained(kept, {"dtype": "auto"})
-                for parameter in model.parameters():  # where they lie in the file, a token takes 4 % longer
-                    parameter.data = parameter.data.clone()
-                return model, tokenizer
+                if tokenizer.chat_template:
+                    for parameter in model.parameters():  # where they lie in the file, a token takes 4 % longer
+                        parameter.data = parameter.data.clone()
+                    return model, tokenizer
     source, file, options = name, {}, {"dtype": dtype or "auto"}
     if path.suffix == ".gguf":
         # Unpacked, for the adapters learn through the frozen layers and the packed kernels have no backward.
@@ -555,14 +556,21 @@ def _from_pretrained(source, options, **file):
 
 def _keep(folder, *parts):
     """Save a model and its tokenizer for the next time: transformers takes ten seconds to unpack a small .gguf file."""
-    # It can do without: the disk may be full or read-only, and another process may have been first.
-    with contextlib.suppress(OSError, safetensors.SafetensorError):
+    # It can do without: the disk may be full or read-only, of which tokenizers tells by a plain Exception, and another
+    # process may have been first.
+    with contextlib.suppress(Exception):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            whole = Path(aside, "whole")
             for part in parts:
-                part.save_pretrained(Path(aside, folder.name))
-            shutil.rmtree(folder, ignore_errors=True)
-            Path(aside, folder.name).rename(folder)
+                part.save_pretrained(whole)
+            for path in whole.iterdir():
+                path.chmod(0o644)  # safetensors writes for its owner alone, and the folder may be shared
+                with open(path, "r+b") as file:
+                    os.fsync(file.fileno())
+            if folder.exists():
+                folder.rename(Path(aside, "damaged"))
+            whole.rename(folder)
 
 
 def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=None):

@@ -47,7 +47,7 @@ def test_the_limit_is_that_of_the_fastest_product_in_the_same_round():
     """Kills: the slowest product, one limit for all rounds, a share that is no median."""
     found = {size: [2 * size**3 / speed for speed in (1, 2, 4)] for size in PRODUCTS}
     found[PRODUCTS[1]] = [seconds / 10 for seconds in found[PRODUCTS[1]]]
-    assert fraction_of_limit(found | {"work": [1, 2, 1]}, "work", 20) == pytest.approx(0.5)
+    assert fraction_of_limit(found | {"work": [1, 4, 0.25]}, "work", 20) == pytest.approx(2.0)
 
 
 def test_a_verdict_is_timed_beside_one_decode_step_and_a_fresh_pass(monkeypatch):

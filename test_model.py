@@ -42,12 +42,15 @@ def read(guard, ids):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_chat_logits_are_bitwise_those_of_an_untouched_model(kind, path):
-    """Kills: a gate left open after a verdict, an update that is added when shut, a base that is changed."""
+    """Kills: a gate left open after a verdict, an update that is added when shut, a base that is changed, a head that
+    multiplies otherwise because it is frozen."""
     guard, plain = make_guard(kind, guard_path=path), make_model(kind)
     ids = torch.tensor([conversations(guard)[2][:40]])
     with torch.no_grad():
         wanted = plain(ids).logits
         assert torch.equal(guard.chat_model(ids).logits, wanted)
+        last = {"input_ids": ids.expand(2, -1), "logits_to_keep": 1}
+        assert torch.equal(guard.chat_model(**last).logits, plain(**last).logits)
         guard.score(conversations(guard))
         assert torch.equal(guard.chat_model(ids).logits, wanted)
         with guard.gate.opened():
@@ -75,8 +78,12 @@ def test_a_verdict_between_two_decode_steps_changes_neither_them_nor_the_cache(k
     guard, plain = make_guard(kind), make_model(kind)
     ids = conversations(guard)[2][:30]  # longer than the sliding window
     ours, theirs = read(guard, ids), DynamicCache(config=plain.config)
+    inference = []
     with torch.no_grad():
         plain(torch.tensor([ids]), past_key_values=theirs)
+        guard.chat_model.base_model.register_forward_hook(
+            lambda module, inputs, output: inference.append(output.last_hidden_state.is_inference())
+        )
         for token in (7, 8, 9):
             before, length = all_tensors(ours), ours.get_seq_length()
             assert not guard.judge(ours).is_inference()
@@ -84,6 +91,7 @@ def test_a_verdict_between_two_decode_steps_changes_neither_them_nor_the_cache(k
             assert all(map(torch.equal, all_tensors(ours), before))
             step = guard.chat_model(torch.tensor([[token]]), past_key_values=ours).logits
             assert torch.equal(step, plain(torch.tensor([[token]]), past_key_values=theirs).logits)
+    assert inference == [True, False] * 3  # a verdict without autograd, then a step of the chat
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -588,7 +596,7 @@ def test_models_that_cannot_be_had_are_refused_in_one_line(tmp_path, model_folde
 
 def test_the_embedded_model_is_unpacked_once(tmp_path, monkeypatch):
     """Kills: unpacking at every start, a damaged copy that stays or stops the start, a folder that must be writable,
-    one dtype in place of another, what is left of a copy that failed."""
+    one dtype or version in place of another, weights out of line, what is left of a copy that failed."""
     unpacked, load = [], model_module._from_pretrained
 
     def spy(source, options, **file):
@@ -602,23 +610,27 @@ def test_the_embedded_model_is_unpacked_once(tmp_path, monkeypatch):
     for dtype, wanted in ((None, "bfloat16"), ("float32", "float32"), (None, "bfloat16"), ("float32", "float32")):
         chat_model, tokenizer = model_module.load_chat_model(EMBEDDED, dtype)
         assert chat_model.dtype == getattr(torch, wanted)
+        assert all(parameter.data_ptr() % 64 == 0 for parameter in chat_model.parameters())
         same = make_model().to(chat_model.dtype).state_dict()
         assert all(torch.equal(tensor, same[name]) for name, tensor in chat_model.state_dict().items())
         assert encode(tokenizer, TEXTS[0]) == encode(make_tokenizer(), TEXTS[0])
     assert unpacked == ["bfloat16", "float32"] and len(list((tmp_path / "assets/lora-guard").iterdir())) == 2
-    for weights in tmp_path.rglob("*.safetensors"):
-        os.truncate(weights, 1000)
-    for _ in range(2):
-        model_module.load_chat_model(EMBEDDED)
-    assert len(unpacked) == 3
+    damages = (lambda: [os.truncate(path, 1000) for path in tmp_path.rglob("*.safetensors")],)
+    damages += (lambda: [path.unlink() for path in tmp_path.rglob("*.jinja")],)
+    damages += (lambda: monkeypatch.setattr(model_module.transformers, "__version__", "6.0"),)
+    for number, damage in enumerate(damages, 3):
+        damage()
+        for _ in range(2):
+            assert model_module.load_chat_model(EMBEDDED)[1].chat_template
+        assert len(unpacked) == number
     monkeypatch.setattr(model_module, "HF_ASSETS_CACHE", tmp_path / "full")
-    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(Exception("disk full")))
     model_module.load_chat_model(EMBEDDED)
     assert not list((tmp_path / "full/lora-guard").iterdir())
     (tmp_path / "file").touch()
     monkeypatch.setattr(model_module, "HF_ASSETS_CACHE", tmp_path / "file")
     model_module.load_chat_model(EMBEDDED)
-    assert len(unpacked) == 5
+    assert len(unpacked) == 7
 
 
 @pytest.mark.slow
