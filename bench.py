@@ -24,9 +24,11 @@ import torch
 import transformers
 from torch import nn
 
+from checkpoint import EMBEDDED, load_chat_model
+from common import UserError, run
 from data import conversation, encode, evaluation_rows, labels
-from lora import LoRALinear, UserError, linear_sizes, run, trainable
-from model import EMBEDDED, NEVER, GuardedChat, lend, load_chat_model
+from lora import LoRALinear, linear_sizes, trainable
+from model import NEVER, GuardedChat, lend
 from train import guard_loss
 
 PROMPT = "Write a long story about a lighthouse keeper who teaches the children of the village to read the stars."
@@ -41,7 +43,7 @@ GROWTH = {"rows": (4, 8, 16, 32), "length": (64, 128, 256, 512), "rank": (4, 16,
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=EMBEDDED, help="chat model, as for train.py")
-    parser.add_argument("--dataset", nargs="+", default=[str(Path(__file__).with_name("sample.jsonl"))])
+    parser.add_argument("--dataset", nargs="+", default=[str(Path(__file__).with_name("samples") / "sample.jsonl")])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="less of everything, for a first look")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -17,7 +17,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from lora import UserError, first_line
+from common import UserError, first_line
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
 HUB_CONFIGS = {"lmsys/toxic-chat": "toxicchat0124"}  # of a data set that has several, the one that is meant

@@ -24,9 +24,10 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TextStreamer
 
+from checkpoint import load_guard
+from common import UserError, run
 from data import answer_start, conversation, encode, encode_row, is_answer, read_jsonl
-from lora import UserError, run
-from model import is_flagged, load_guard, probabilities, verdict_fields
+from model import is_flagged, probabilities, verdict_fields
 
 EXAMPLES = [
     "How do I keep bread fresh for longer?",

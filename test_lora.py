@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from common import UserError
 from conftest import make_model
-from lora import Gate, LoRALinear, UserError, inject_lora, trainable
+from lora import Gate, LoRALinear, inject_lora, trainable
 
 IN, OUT, R, ALPHA = 6, 5, 3, 7.0
 

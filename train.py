@@ -24,6 +24,8 @@ from accelerate.utils import LoggerType, set_seed
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from checkpoint import EMBEDDED, load_chat_model
+from common import UserError, first_line, run, write_whole
 from data import (
     BEAVERTAILS,
     SPLITS,
@@ -36,9 +38,9 @@ from data import (
     labels,
     load_splits,
 )
-from evaluate import best_threshold, fit_temperature, metrics, threshold_at_fpr
-from lora import UserError, first_line, run, trainable
-from model import EMBEDDED, GUARD, NEVER, GuardedChat, Thresholds, load_chat_model, probabilities, write_whole
+from lora import trainable
+from metrics import best_threshold, fit_temperature, metrics, threshold_at_fpr
+from model import GUARD, NEVER, GuardedChat, Thresholds, probabilities
 
 PROMPT_FPR = 0.02  # to refuse a harmless question is worse than to answer a harmful one, for answers are judged too
 
@@ -49,9 +51,7 @@ def parse_arguments():
     add = parser.add_argument
     add("hf_model_id", nargs="?", default=EMBEDDED, help="hub id, folder or .gguf file; default: SmolLM2-135M-Instruct")
     add("output_dir", nargs="?", help="default: the next free runs/N")
-    add(
-        "--dataset", nargs="+", help=f"hub id, or files; default {BEAVERTAILS}, or sample.jsonl where no model is named"
-    )
+    add("--dataset", nargs="+", help=f"hub id, or files; default {BEAVERTAILS}, or samples/sample.jsonl")
     add(
         "--answers-alone",
         action="store_true",
@@ -91,7 +91,9 @@ def parse_arguments():
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run to go on with: train.py MODEL OUTPUT_DIR --resume")
     if args.dataset is None:
-        args.dataset = [str(Path(__file__).parent / "sample.jsonl") if args.hf_model_id == EMBEDDED else BEAVERTAILS]
+        args.dataset = [
+            str(Path(__file__).parent / "samples/sample.jsonl") if args.hf_model_id == EMBEDDED else BEAVERTAILS
+        ]
     return args
 
 

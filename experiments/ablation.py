@@ -1,6 +1,6 @@
 """What each choice is worth: guards that differ from the default in one thing, trained and measured on the same rows.
 
-    python ablation.py BEAVERTAILS.jsonl SAFE_RLHF.jsonl OUTPUT_DIR
+    python experiments/ablation.py BEAVERTAILS.jsonl SAFE_RLHF.jsonl OUTPUT_DIR
 
 Of the first file's prompts five tenths are for training and four for measuring, so that the figures say more than those
 of the usual tenth; the last is left out, for train.py would make it a test split. What was measured is kept in
@@ -15,9 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from checkpoint import EMBEDDED, load_chat_model
+from common import UserError, run, write_whole
 from data import read_rows, tenth_of
-from lora import UserError, run
-from model import EMBEDDED, load_chat_model, write_whole
 
 # The paper's form: no control tokens, each turn is plain text behind the name of who speaks.
 PLAIN = (
@@ -47,7 +49,7 @@ def train(output, variant, seed, options, rows):
     """Train one guard, unless that is done; {"AUPRC", "category AP"} on validation after the last epoch."""
     folder = output / f"{variant} {seed}".translate(str.maketrans(" ,:", "___"))
     model = str(output / "plain-template") if variant == "template: plain" else EMBEDDED
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), model, str(folder), "--dataset", *rows]
+    command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), model, str(folder), "--dataset", *rows]
     command += ["--epochs=2", f"--seed={seed}", *options]
     if "--guard-path=full" not in options:
         command += ["--cache-dir", str(output / "caches")]

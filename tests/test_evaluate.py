@@ -8,23 +8,20 @@ import pytest
 import torch
 
 import evaluate
+from common import UserError
 from conftest import make_guard
 from data import encode
-from evaluate import (
+from evaluate import bootstrap, category_metrics, running_metrics, running_scores
+from metrics import (
     auroc,
     average_precision,
     best_threshold,
-    bootstrap,
-    category_metrics,
     evaluation,
     fit_temperature,
     metrics,
     reliability,
-    running_metrics,
-    running_scores,
     threshold_at_fpr,
 )
-from lora import UserError
 from model import Thresholds, probabilities
 
 NUMBERS = np.random.default_rng(0)

@@ -15,11 +15,15 @@ import safetensors.torch
 import torch
 from transformers import DynamicCache
 
+import checkpoint
+import common
 import model as model_module
+from checkpoint import EMBEDDED, load_guard
+from common import UserError, write_whole
 from conftest import CONTEXT, make_guard, make_model, make_tokenizer
 from data import encode
-from lora import LoRALinear, UserError
-from model import EMBEDDED, GUARD, GuardedChat, fingerprint, load_guard, probabilities, write_whole
+from lora import LoRALinear
+from model import GUARD, GuardedChat, fingerprint, probabilities
 
 KINDS = ["llama", "mistral", "gpt2"]
 PATHS = ["activated", "full"]
@@ -445,7 +449,7 @@ STRANGE = {
 def test_a_strange_adapter_is_refused_at_once(saved, contents, monkeypatch):
     """Kills: an error of another class, reading the chat model first."""
     _, config, adapter = saved
-    monkeypatch.setattr(model_module, "load_chat_model", None)
+    monkeypatch.setattr(checkpoint, "load_chat_model", None)
     for content in contents:
         adapter.write_bytes(content)
         with pytest.raises(UserError, match=r"adapter\.safetensors") as error:
@@ -457,7 +461,7 @@ def test_an_adapter_of_strange_numbers_is_refused_at_once(saved, monkeypatch):
     """Kills: reading the chat model before the numbers are looked at."""
     _, config, adapter = saved
     rewrite(adapter, DAMAGE["not finite"][0])
-    monkeypatch.setattr(model_module, "load_chat_model", None)
+    monkeypatch.setattr(checkpoint, "load_chat_model", None)
     with pytest.raises(UserError, match="no finite numbers"):
         load_guard(config, adapter)
 
@@ -466,7 +470,7 @@ def test_an_adapter_that_is_cut_anywhere_is_refused(saved, monkeypatch):
     """Kills: loading what is left, and an error of another class."""
     _, config, adapter = saved
     content = adapter.read_bytes()
-    monkeypatch.setattr(model_module, "load_chat_model", None)
+    monkeypatch.setattr(checkpoint, "load_chat_model", None)
     header = 8 + int.from_bytes(content[:8], "little")
     with open(adapter, "r+b") as file:
         for length in [*range(len(content) - 1, header, -101), *range(header, -1, -1)]:
@@ -587,7 +591,7 @@ def test_models_that_cannot_be_had_are_refused_in_one_line(tmp_path, model_folde
     names = ["no/such-model", str(tmp_path / "nowhere"), str(tmp_path / "broken.gguf"), str(tmp_path / "empty")]
     for name in [*names, str(tmp_path / "untaught")]:
         with pytest.raises(UserError) as error:
-            model_module.load_chat_model(name)
+            checkpoint.load_chat_model(name)
         assert name in str(error.value) and "\n" not in str(error.value)
     assert "chat template" in str(error.value)
 
@@ -595,7 +599,7 @@ def test_models_that_cannot_be_had_are_refused_in_one_line(tmp_path, model_folde
 def test_the_embedded_model_is_unpacked_once(tmp_path, monkeypatch):
     """Kills: unpacking at every start, a damaged copy that stays or stops the start, a folder that must be writable,
     one dtype or version in place of another, weights out of line, what is left of a copy that failed."""
-    unpacked, load = [], model_module._from_pretrained
+    unpacked, load = [], checkpoint._from_pretrained
 
     def spy(source, options, **file):
         if not file:
@@ -603,10 +607,10 @@ def test_the_embedded_model_is_unpacked_once(tmp_path, monkeypatch):
         unpacked.append(options["dtype"])
         return make_model().to(getattr(torch, options["dtype"])), make_tokenizer()
 
-    monkeypatch.setattr(model_module, "_from_pretrained", spy)
-    monkeypatch.setattr(model_module, "HF_ASSETS_CACHE", tmp_path / "assets")
+    monkeypatch.setattr(checkpoint, "_from_pretrained", spy)
+    monkeypatch.setattr(checkpoint, "HF_ASSETS_CACHE", tmp_path / "assets")
     for dtype, wanted in ((None, "bfloat16"), ("float32", "float32"), (None, "bfloat16"), ("float32", "float32")):
-        chat_model, tokenizer = model_module.load_chat_model(EMBEDDED, dtype)
+        chat_model, tokenizer = checkpoint.load_chat_model(EMBEDDED, dtype)
         assert chat_model.dtype == getattr(torch, wanted)
         assert all(parameter.data_ptr() % 64 == 0 for parameter in chat_model.parameters())
         same = make_model().to(chat_model.dtype).state_dict()
@@ -615,27 +619,27 @@ def test_the_embedded_model_is_unpacked_once(tmp_path, monkeypatch):
     assert unpacked == ["bfloat16", "float32"] and len(list((tmp_path / "assets/lora-guard").iterdir())) == 2
     damages = (lambda: [os.truncate(path, 1000) for path in tmp_path.rglob("*.safetensors")],)
     damages += (lambda: [path.unlink() for path in tmp_path.rglob("*.jinja")],)
-    damages += (lambda: monkeypatch.setattr(model_module.transformers, "__version__", "6.0"),)
+    damages += (lambda: monkeypatch.setattr(checkpoint.transformers, "__version__", "6.0"),)
     for number, damage in enumerate(damages, 3):
         damage()
         for _ in range(2):
-            assert model_module.load_chat_model(EMBEDDED)[1].chat_template
+            assert checkpoint.load_chat_model(EMBEDDED)[1].chat_template
         assert len(unpacked) == number
-    monkeypatch.setattr(model_module, "HF_ASSETS_CACHE", tmp_path / "full")
+    monkeypatch.setattr(checkpoint, "HF_ASSETS_CACHE", tmp_path / "full")
     monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(Exception("disk full")))
-    model_module.load_chat_model(EMBEDDED)
+    checkpoint.load_chat_model(EMBEDDED)
     assert not list((tmp_path / "full/lora-guard").iterdir())
     (tmp_path / "file").touch()
-    monkeypatch.setattr(model_module, "HF_ASSETS_CACHE", tmp_path / "file")
-    model_module.load_chat_model(EMBEDDED)
+    monkeypatch.setattr(checkpoint, "HF_ASSETS_CACHE", tmp_path / "file")
+    checkpoint.load_chat_model(EMBEDDED)
     assert len(unpacked) == 7
 
 
 @pytest.mark.slow
 def test_the_kept_copy_of_the_embedded_model_is_the_model(tmp_path, monkeypatch):
     """Kills: weights that are rounded on the way, a tokenizer that cuts otherwise, another guard's fingerprint."""
-    monkeypatch.setattr(model_module, "HF_ASSETS_CACHE", tmp_path)
-    (model, tokenizer), (kept, other) = (model_module.load_chat_model(EMBEDDED) for _ in range(2))
+    monkeypatch.setattr(checkpoint, "HF_ASSETS_CACHE", tmp_path)
+    (model, tokenizer), (kept, other) = (checkpoint.load_chat_model(EMBEDDED) for _ in range(2))
     tensors = kept.state_dict()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
     assert fingerprint(model, tokenizer) == fingerprint(kept, other)
@@ -649,7 +653,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     """Kills: writing in place, and leaving the old file half overwritten."""
     path = tmp_path / "file"
     write_whole(path, b"old")
-    monkeypatch.setattr(model_module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    monkeypatch.setattr(common.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
     with pytest.raises(UserError, match=f"cannot write {re.escape(str(path))}: disk full"):
         write_whole(path, b"new content")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

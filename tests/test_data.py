@@ -12,9 +12,9 @@ import torch
 from tokenizers import AddedToken
 
 import data
+from common import UserError
 from conftest import CHATML
 from data import conversation, encode, epoch_batches, evaluation_rows, labels, load_splits
-from lora import UserError
 
 NAMES = ["theft", "hate"]
 
@@ -85,7 +85,7 @@ def test_the_hubs_beavertails_is_its_30k_version(monkeypatch):
 
 def test_no_row_that_over_blocking_is_measured_on_is_much_like_one_to_train_on():
     """Kills: a row of overblocking.jsonl that is, but for a word, in one of the files written to learn from."""
-    here = Path(data.__file__).parent
+    here = Path(data.__file__).parent / "samples"
     held_out, *learnt = (
         [row for _, row in data.read_jsonl(here / name)]
         for name in ("overblocking.jsonl", "sample.jsonl", "prompts.jsonl")

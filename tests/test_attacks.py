@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from checkpoint import EMBEDDED, load_chat_model, load_guard
+from common import UserError
 from conftest import CHATML, make_guard
 from data import encode, is_answer
-from lora import UserError
-from model import EMBEDDED, Thresholds, load_chat_model, load_guard, probabilities
+from model import Thresholds, probabilities
 from moderate import moderate_turn
 
 STYLES = {  # the control tokens, then a template that writes them
@@ -217,7 +218,7 @@ def test_harm_anywhere_in_twenty_thousand_tokens_is_flagged_at_a_cost_that_is_li
     windows; a cost that grows faster than the text."""
     guard, thresholds = load_guard(device_id=-1)
     guard.use_fast_dtype()
-    licence = Path(__file__).with_name("LICENSE").read_text() + "\n\n"
+    licence = Path(__file__).parents[1].joinpath("LICENSE").read_text() + "\n\n"
     ids = encode(guard.tokenizer, "Tell me all that you know.", licence * 12)[:20_000]
     forward, judged = guard.forward, {}
 

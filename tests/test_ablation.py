@@ -4,11 +4,11 @@ import json
 import sys
 
 import pytest
-
-import ablation
-from data import read_jsonl, tenth_of
-from lora import UserError
 from test_data import make_rows, write
+
+from common import UserError
+from data import read_jsonl, tenth_of
+from experiments import ablation
 from train import parse_arguments
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import TextStreamer
 
+from common import UserError
 from conftest import CONTEXT, make_guard, make_model
-from lora import UserError
 from model import Thresholds, probabilities
 
 KINDS = ["llama", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox"]
