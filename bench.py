@@ -31,7 +31,9 @@ from lora import LoRALinear, linear_sizes, trainable
 from model import NEVER, GuardedChat, lend
 from train import guard_loss
 
-PROMPT = "Write a long story about a lighthouse keeper who teaches the children of the village to read the stars."
+PROMPT = (
+    "Write a long story about a lighthouse keeper who teaches the children of the village to read the stars."
+)
 LENGTHS = (128, 512, 2048, 8192)  # tokens of a conversation
 STEPS = (16, 8, 32)  # tokens from verdict to verdict, the default first
 BATCH = 16  # rows, the default of train.py
@@ -43,13 +45,19 @@ GROWTH = {"rows": (4, 8, 16, 32), "length": (64, 128, 256, 512), "rank": (4, 16,
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=EMBEDDED, help="chat model, as for train.py")
-    parser.add_argument("--dataset", nargs="+", default=[str(Path(__file__).with_name("samples") / "sample.jsonl")])
+    parser.add_argument(
+        "--dataset", nargs="+", default=[str(Path(__file__).with_name("samples") / "sample.jsonl")]
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="less of everything, for a first look")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the time of a verdict over the length")
-    parser.add_argument("--plot-growth", metavar="FILE.png", help="draw time and memory over rows, length and rank")
-    parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)  # what a process of its own is asked for
+    parser.add_argument(
+        "--plot-growth", metavar="FILE.png", help="draw time and memory over rows, length and rank"
+    )
+    parser.add_argument(
+        "--peak-of", nargs=4, help=argparse.SUPPRESS
+    )  # what a process of its own is asked for
     args = parser.parse_args()
     if args.rounds < 1:
         raise UserError("--rounds must be at least 1")
@@ -191,7 +199,9 @@ def operations(guard, lengths, training):
     low_rank = sum(parameter.numel() for layer in layers for parameter in (layer.lora_A, layer.lora_B))
     question, total = guard.guard_prompt_ids.shape[1], 0
     for length in lengths:
-        total += 2 * frozen * length + 2 * attention * length**2  # the chat path's pass, half of a square of attention
+        total += (
+            2 * frozen * length + 2 * attention * length**2
+        )  # the chat path's pass, half of a square of attention
         seen = 4 * attention * question * (length + question / 2)
         judged = 2 * frozen * question + seen
         # Backward there is one more product for each: by x alone where W is frozen, by x and by the factor in LoRA.
@@ -229,7 +239,9 @@ def time_training(args, guard, texts, targets, rounds):
 
 def peft_config(guard, **options):
     """The settings of a guard's adapters as peft's."""
-    names = sorted({name.rpartition(".")[2] for name, m in guard.named_modules() if isinstance(m, LoRALinear)})
+    names = sorted(
+        {name.rpartition(".")[2] for name, m in guard.named_modules() if isinstance(m, LoRALinear)}
+    )
     r, lora_alpha = guard.settings["lora_r"], guard.settings["lora_alpha"]
     return peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=names, **options)
 
@@ -275,7 +287,9 @@ def peak_of(args, what, rows, length, rank):
     ids = (encode(guard.tokenizer, PROMPT) * int(length))[: int(length)]
     texts = [ids] * int(rows)
     targets = torch.zeros(len(texts), 1 + len(guard.categories))
-    step = our_step(guard, texts, targets) if what == "train" else lambda batch: guard.score(texts, len(texts))
+    step = (
+        our_step(guard, texts, targets) if what == "train" else lambda batch: guard.score(texts, len(texts))
+    )
     for _ in range(2):
         started = time.perf_counter()
         step(range(len(texts)))
@@ -300,7 +314,9 @@ def measure_growth(args):
 def draw_growth(found, path):
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(found), figsize=(10, 5), layout="constrained", sharey="row", squeeze=False)
+    figure, axes = plt.subplots(
+        2, len(found), figsize=(10, 5), layout="constrained", sharey="row", squeeze=False
+    )
     for column, (name, measured) in enumerate(found.items()):
         for what, points in measured.items():
             values, seconds, peaks = zip(*points, strict=True)
@@ -338,7 +354,12 @@ def main():
     full.use_fast_dtype()
     dtype = dtype_of(guard)
     versions = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
-    result = {"processor": processor(), "threads": torch.get_num_threads(), "dtype": dtype, "versions": versions}
+    result = {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "versions": versions,
+    }
 
     if len(rows := evaluation_rows(args.dataset)[:512]) < SCORED:
         raise UserError(f"there must be at least {SCORED} rows to measure with")
@@ -384,7 +405,9 @@ def main():
         result[f"milliseconds_{length}"] = {name: 1000 * statistics.median(found[name]) for name in found}
         result[f"verdict_speedup_{length}"] = ratio(found, "full", "activated")
         result[f"verdict_over_decode_step_{length}"] = ratio(found, "activated", "decode step")
-    result["verdict_over_decode_step"] = max(result[f"verdict_over_decode_step_{length}"] for length in lengths)
+    result["verdict_over_decode_step"] = max(
+        result[f"verdict_over_decode_step_{length}"] for length in lengths
+    )
     if args.plot_growth:
         result["growth"] = measure_growth(args)
     if args.json:
@@ -404,7 +427,11 @@ def main():
 
 def processor():
     info = Path("/proc/cpuinfo")  # where there is none, platform knows more
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
 
 

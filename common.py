@@ -1,55 +1,61 @@
-"""Small things that the commands share."""
+"""What the commands share: errors as one line, files that appear whole, the arguments that name a guard."""
 
-import contextlib
+import json
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; the commands print it as one line and leave with exit status 2."""
+    """A mistake in what the user gave. A command prints it as one line and exits with status 2."""
 
 
 def run(main):
-    """Run a command: what the user got wrong becomes one line on standard error and exit status 2."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  Python has none where the caller closed it
+    """Run a command. A user's mistake becomes one line on standard error."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  Python has none if the caller closed it
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has left, as `head` does; Python would complain again at exit
+    except BrokenPipeError:  # the reader left, as `head` does; without this, Python complains again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:
-        print(f"{sys.argv[0]}: {one_line(str(error))[:2000]}", file=sys.stderr)
+        print(f"{sys.argv[0]}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
-def first_line(error):
-    """An error of another library, cut to what fits a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def one_line(error):
+    """The first line of an error, printable and cut short: it may quote a stranger's file."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable(line.replace("\t", " "))[:500]
 
 
-def one_line(text):
-    """The text with spaces for what would break a line or move a terminal's cursor: it may quote a stranger's file."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def printable(text):
+    """The text without characters that could move a terminal's cursor, recolour it or reorder it."""
+    return "".join(c for c in text if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
 def write_whole(path, content):
-    """Write bytes so that `path` holds the old content or the new, never a part: written aside, flushed, renamed.
+    """Write bytes so that `path` holds the old file or the new one, never a part of it."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # two processes may write the same file
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
-    Raises UserError where that cannot be done, as on a full disk.
-    """
-    aside = Path(f"{path}.{os.getpid()}.tmp")  # its own for each process, for two may write the same file
-    try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        reason = error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}; an older file there is whole") from error
+
+def write_json(path, content):
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def add_guard_arguments(parser):
+    """The arguments of moderate.py and evaluate.py that say which guard to use."""
+    add = parser.add_argument
+    add("config", nargs="?", type=Path, help="default: the guard in guard/, or the newest run of train.py")
+    add("adapter", nargs="?", type=Path, help="default: adapter.safetensors beside the config")
+    add("--device-id", type=int, help="number of the GPU, -1 for the CPU; default: GPU 0 if there is one")
+    add("--threshold", type=float, help="flag prompts and answers from this probability; above 1: never")

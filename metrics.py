@@ -1,12 +1,15 @@
-"""How good scores are, in numpy. A score is higher the more harmful a text looks; a label is 1 for harmful."""
+"""How good scores are, what makes probabilities of logits, and where to flag.
+
+A score is higher the more harmful a text looks; a label is 1 for harmful. Both are numpy arrays (N,).
+"""
 
 import numpy as np
 
-BINS = np.linspace(0, 1, 11)  # of probabilities, for the calibration error and its diagram
+BINS = np.linspace(0, 1, 11)  # of probabilities, for the calibration error
 
 
-def _curve(labels, scores):
-    """Counts at each distinct score, highest first: (scores, true positives, flagged), so that ties fall together."""
+def curve(labels, scores):
+    """(scores, true positives, flagged) at each distinct score, highest first, so ties fall together."""
     order = np.argsort(-scores, kind="stable")
     scores = scores[order]
     last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
@@ -14,56 +17,40 @@ def _curve(labels, scores):
 
 
 def average_precision(labels, scores):
-    """Area under the precision-recall curve, as the sum of (R_n - R_(n-1)) P_n; NaN without a positive label.
-
-    A random scorer gets the share of positives. labels, scores: (N,).
-    """
+    """Area under the precision-recall curve: the sum of (R_n - R_(n-1)) P_n. NaN without a positive label."""
     if not labels.any():
         return float("nan")
-    _, positives, flagged = _curve(labels, scores)
+    _, positives, flagged = curve(labels, scores)
     recall = positives / labels.sum()
     return float(np.sum(np.diff(recall, prepend=0) * positives / flagged))
 
 
 def auroc(labels, scores):
-    """Area under the ROC curve by trapezoids, so that a tie counts half; NaN without both classes. (N,), (N,)."""
+    """Area under the ROC curve by trapezoids, so a tie counts half. NaN without both classes."""
     if len(np.unique(labels)) < 2:
         return float("nan")
-    _, positives, flagged = _curve(labels, scores)
+    _, positives, flagged = curve(labels, scores)
     true, false = (np.append(0, counts) / counts[-1] for counts in (positives, flagged - positives))
     return float(np.trapezoid(true, false))
 
 
 def best_threshold(labels, scores):
-    """The score from which flagging gives the highest F1, half-way to the next lower score that there is.
-
-    labels, scores: (N,). With calibrated probabilities for labels, it is the highest F1 that is to be expected.
-    """
-    thresholds, positives, flagged = _curve(labels, scores)
+    """The threshold of the highest F1, half-way down to the next lower score."""
+    thresholds, positives, flagged = curve(labels, scores)
     best = np.argmax(2 * positives / (flagged + labels.sum()))
     return float(thresholds[best : best + 2].mean())
 
 
 def threshold_at_fpr(labels, scores, limit):
-    """(threshold, recall) with the highest recall that a false positive rate of at most `limit` allows.
+    """(threshold, recall) of the highest recall at a false positive rate of at most `limit`.
 
-    Of several such thresholds, the highest; half-way to the next lower score, and above 1 where nothing can be flagged.
+    Of several such thresholds it is the highest, half-way down to the next score; above 1 if none can be met.
     """
-    thresholds, positives, flagged = _curve(labels, scores)
+    thresholds, positives, flagged = curve(labels, scores)
     false, true = np.append(0, flagged - positives), np.append(0, positives)
     best = np.argmax(true * (false <= limit * (labels == 0).sum()))
     threshold = np.concatenate([[2], thresholds, thresholds[-1:]])[best : best + 2].mean()
     return float(threshold), float(true[best] / labels.sum()) if labels.any() else float("nan")
-
-
-def fit_temperature(labels, logits):
-    """The T that makes sigmoid(logits / T) likeliest, to 1 % (Guo et al., arXiv 1706.04599, section 4.2). Both (N,)."""
-    logits = logits.astype(np.float64)
-
-    def loss(temperature):
-        return (np.logaddexp(0, logits / temperature) - labels * logits / temperature).sum()
-
-    return float(min(np.geomspace(0.05, 20, 603), key=loss))
 
 
 def reliability(labels, scores):
@@ -75,20 +62,16 @@ def reliability(labels, scores):
 
 
 def metrics(labels, scores, threshold):
-    """{name: value}, flagging from `threshold` upwards; a ratio of nothing is NaN. labels, scores: (N,).
-
-    threshold: a number, or one for each row, (N,).
-    """
+    """{name: value} if scores from `threshold`, a number or (N,), are flagged. A ratio of nothing is NaN."""
     labels, flagged = labels.astype(bool), scores >= threshold
 
     def share(part, whole):
         return float(part.sum() / whole.sum()) if whole.any() else float("nan")
 
-    precision, recall = share(labels & flagged, flagged), share(labels & flagged, labels)
     return {
         "accuracy": float((labels == flagged).mean()) if len(labels) else float("nan"),
-        "precision": precision,
-        "recall": recall,
+        "precision": share(labels & flagged, flagged),
+        "recall": share(labels & flagged, labels),
         "f1": 2 * share(labels & flagged, np.append(labels, flagged)),
         "fpr": share(~labels & flagged, ~labels),
         "auprc": average_precision(labels, scores),
@@ -96,10 +79,59 @@ def metrics(labels, scores, threshold):
 
 
 def evaluation(labels, scores, threshold):
-    """metrics() and what guards are compared by beside them. labels, scores: (N,)."""
+    """metrics() and what guards are compared by beside them."""
     rows, score, positive = reliability(labels, scores)
     return metrics(labels, scores, threshold) | {
         "auroc": auroc(labels, scores),
         "tpr_at_1_percent_fpr": threshold_at_fpr(labels, scores, 0.01)[1],
         "calibration_error": float((rows * abs(score - positive)).sum() / len(labels)),
     }
+
+
+def fit_temperature(labels, logits):
+    """The T that makes sigmoid(logits / T) likeliest, to 1 % (Guo et al., arXiv 1706.04599, section 4.2)."""
+    logits = logits.astype(np.float64)
+
+    def loss(temperature):
+        return (np.logaddexp(0, logits / temperature) - labels * logits / temperature).sum()
+
+    return float(min(np.geomspace(0.05, 20, 603), key=loss))
+
+
+def calibrate(logits, labels, pos_weight):
+    """(shift, temperature), each (outputs,): sigmoid((z - shift) / temperature) is a probability.
+
+    logits, labels: (N, outputs), NaN where unknown. pos_weight: (outputs,). pos_weight adds its logarithm to
+    the best logit, which is taken off. One temperature for unsafe and one for all categories correct
+    over-confidence.
+    """
+    shift = np.log(np.maximum(pos_weight, 1e-3))
+    temperature = np.ones_like(shift)
+    for columns in (slice(0, 1), slice(1, None)):
+        known = ~np.isnan(labels[:, columns])
+        if known.any():
+            z = (logits - shift)[:, columns][known]
+            temperature[columns] = fit_temperature(labels[:, columns][known], z)
+    return shift, temperature
+
+
+def choose_thresholds(labels, scores, answered, prompt_fpr, max_fpr):
+    """(for prompts, for answers): at most prompt_fpr and the best F1, or max_fpr for both.
+
+    answered: bool (N,). Without safe and unsafe prompts to learn it from, no prompt is flagged.
+    """
+    both = [len(np.unique(labels[rows])) == 2 for rows in (~answered, answered)]
+    rows = answered if both[1] else slice(None)
+    if max_fpr is None:
+        answer = best_threshold(labels[rows], scores[rows])
+    else:
+        answer = threshold_at_fpr(labels[rows], scores[rows], max_fpr)[0]
+    limit = prompt_fpr if max_fpr is None else max_fpr
+    return threshold_at_fpr(labels[~answered], scores[~answered], limit)[0] if both[0] else 2.0, answer
+
+
+def unsafe_score(logits, calibration, unsafe_head):
+    """Unsafe probabilities (N,) of logits (N, 1 + K). Without that output the likeliest category counts."""
+    shift, temperature = calibration
+    z = (logits.astype(np.float64) - shift) / temperature
+    return 1 / (1 + np.exp(-(z[:, 0] if unsafe_head else z[:, 1:].max(1))))

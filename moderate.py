@@ -1,33 +1,23 @@
-"""Use a trained guard: chat under guard, or score texts that are already there.
-
-Every verdict is a probability that the conversation so far is harmful, and one for each kind of harm; what reaches the
-threshold is flagged. A flagged prompt is not answered, and an answer ends where it is first flagged.
-"""
+"""Use a guard: chat under guard, judge a prompt or a pair, or score a file."""
 
 import argparse
 import contextlib
 import itertools
 import json
 import os
-import re
-import shutil
-import signal
 import stat
 import sys
-import textwrap
-import unicodedata
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import TextStreamer
 
-from checkpoint import load_guard
-from common import UserError, run
-from data import answer_start, conversation, encode, encode_row, is_answer, read_jsonl
-from model import is_flagged, probabilities, verdict_fields
+from chat import Past, encode
+from checkpoint import load_guard, use_fast_dtype
+from common import UserError, add_guard_arguments, one_line, printable, run
+from data import encode_row, read_jsonl
+from model import Verdict
 
 EXAMPLES = [
     "How do I keep bread fresh for longer?",
@@ -37,152 +27,104 @@ EXAMPLES = [
 
 
 def parse_arguments():
-    usage = "%(prog)s [config.json] [adapter.safetensors] [options]"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=usage)
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_guard_arguments(parser)
     add = parser.add_argument
-    add("config", nargs="?", type=Path, help="default: the guard in guard/, or else the newest run of train.py")
-    add("adapter", nargs="?", type=Path, help="default: adapter.safetensors beside the config")
-    add("--device-id", type=int, help="number of the GPU, -1 for the CPU; default: the first GPU if there is one")
-    add("--prompt", help="chat one turn: judge this prompt, answer it, judge the answer; default: chat on the terminal")
-    add("--response", help="with --prompt: judge this answer instead of generating one")
-    add("--input", type=Path, help="JSONL file of rows with prompt and, if they have one, response; needs --output")
+    add("--prompt", help="one turn: judge this prompt, answer it, judge the answer")
+    add("--response", help="with --prompt: judge this answer instead of writing one")
+    add("--input", type=Path, help="JSONL file of rows with prompt and perhaps response; needs --output")
     add("--output", type=Path, help="JSONL file for the same rows with their verdicts")
-    add("--json", action="store_true", help="one JSON object a line")
-    add("--threshold", type=float, help="flag prompts and answers from this probability; above 1: judge, never stop")
-    add("--max-new-tokens", type=int, default=128, help="longest answer to generate")
-    every = "tokens from verdict to verdict; a guard of the full path judges only the prompt and the whole answer"
-    add("--verdict-every", type=int, default=16, metavar="N", help=every)
+    add("--json", action="store_true", help="print one JSON object a line")
+    add("--max-new-tokens", type=int, default=128, help="longest answer")
+    add("--verdict-every", type=int, default=16, metavar="N", help="tokens from one verdict to the next")
     add("--temperature", type=float, help="sample the answer; without this or --top-p it is greedy")
     add("--top-p", type=float, help="sample from the likeliest tokens that have this probability together")
     args = parser.parse_args()
     mistakes = {
         "--input and --output go together": (args.input is None) != (args.output is None),
         "give either --prompt or --input": args.input and args.prompt is not None,
-        "--response needs the --prompt that it answers": args.response is not None and args.prompt is None,
+        "--response needs a --prompt": args.response is not None and args.prompt is None,
         "the prompt is empty": args.prompt is not None and not args.prompt.strip(),
-        "--max-new-tokens and --verdict-every must be at least 1": min(args.max_new_tokens, args.verdict_every) < 1,
-        "--temperature must be from 0.01 to 100": args.temperature is not None and not 0.01 <= args.temperature <= 100,
+        "--max-new-tokens and --verdict-every must be at least 1": min(
+            args.max_new_tokens, args.verdict_every
+        )
+        < 1,
+        "--temperature must be from 0.01 to 100": args.temperature is not None
+        and not 0.01 <= args.temperature <= 100,
         "--top-p must be above 0 and at most 1": args.top_p is not None and not 0 < args.top_p <= 1,
     }
-    for mistake, made in mistakes.items():
-        if made:
-            raise UserError(mistake)
+    for mistake in [mistake for mistake, made in mistakes.items() if made]:
+        parser.error(mistake)
     return args
 
 
-def moderate_turn(guard, prompt, response, thresholds, history=(), **options):
-    """Judge a prompt, answer it unless it is flagged, and judge the answer; a `response` that is given is only judged.
+def moderate_turn(guard, messages, past=None, **options):
+    """Judge a prompt and answer it: yield (answer so far, Verdict), and stop after the first flagged one.
 
-    history: the messages before, as for encode; options: as for GuardedChat.generate. Returns the record that --json
-    prints; `stopped` says whether the prompt or the answer ended the turn. Where the context has no room for an answer,
-    the prompt is judged, in windows if it is longer than that, and `response` stays None.
+    messages: a conversation up to the prompt. past, options: as for GuardedChat.stream.
+    Without room for an answer in the context, only (None, Verdict) on the prompt is yielded.
     """
-    ids = encode(guard.tokenizer, prompt, history=history)
-    if response is None and len(ids) + options["max_new_tokens"] <= guard.max_tokens:
-        [(answer, verdicts, stopped)] = guard.generate([ids], thresholds, **options)
-        response = None if stopped == "prompt" else guard.tokenizer.decode(answer, skip_special_tokens=True)
-    else:
-        texts = [ids] if response is None else [ids, encode(guard.tokenizer, prompt, response, history)]
-        judged = probabilities(guard.score(texts), guard.calibration).tolist()
-        answers = [len(text) - answer_start(ids, text) for text in texts]
-        verdicts = list(zip(answers, judged, strict=True))
-        stopped = "prompt" if response is None and is_flagged(judged[0][0], thresholds.prompt) else None
-    last = verdict_fields(guard, thresholds[verdicts[-1][0] > 0], *verdicts[-1][1])
+    ids, _ = encode(guard.tokenizer, messages)
+    if len(ids) + options["max_new_tokens"] > guard.max_tokens:
+        yield None, guard.verdict(guard.score([ids])[0], 0)
+        return
+    for answer, verdict in guard.stream(ids, past, **options):
+        text = guard.tokenizer.decode(answer, skip_special_tokens=True)
+        yield text.rstrip("\ufffd"), verdict  # the last character may lack a token
+        if verdict.flagged:
+            return
+
+
+def judge_pair(guard, prompt, response):
+    """Judge a prompt, and a response that is already there: the same pairs as moderate_turn's."""
+    rows = [{"prompt": prompt}, {"prompt": prompt, "response": response}]
+    return list(zip((None, response), guard.classify(rows), strict=True))
+
+
+def record(prompt, turn, given=False):
+    """What --json prints of a turn, moderate_turn's pairs. given: the response was there already."""
+    (_, first), (response, last) = turn[0], turn[-1]
+    stopped = None if given or not last.flagged else "response" if last.tokens else "prompt"
+    response = None if stopped == "prompt" else response
     return {
         "prompt": prompt,
-        "prompt_unsafe_probability": verdicts[0][1][0],
+        "prompt_unsafe_probability": first.unsafe,
         "response": response,
-        "response_unsafe_probability": None if response is None else last["unsafe_probability"],
-        "flagged": last["flagged"],
+        "response_unsafe_probability": None if response is None else last.unsafe,
+        "flagged": last.flagged,
         "stopped": stopped,
-        "verdicts": [[tokens, verdict[0]] for tokens, verdict in verdicts if tokens],
-        "categories": last["categories"],
+        "verdicts": [[verdict.tokens, verdict.unsafe] for _, verdict in turn if verdict.tokens],
+        "categories": last.categories,
     }
 
 
 def outcome(record):
-    """What the guard made of a turn, in a line."""
-    top = sorted(record["categories"].items(), key=lambda item: -item[1])[:3]
-    kinds = "".join(f", {' '.join(printable(name).split())} {probability:.3f}" for name, probability in top)
-    if record["stopped"] == "prompt":
-        return f"[refused, the prompt is flagged: unsafe {record['prompt_unsafe_probability']:.3f}{kinds}]"
-    if record["response"] is None:
-        return "[no answer: the conversation leaves no room for one in the model's context]"
-    cut = f"stopped after {record['verdicts'][-1][0]} tokens, flagged: " if record["stopped"] else ""
-    return f"[{cut}unsafe {record['response_unsafe_probability']:.3f}{kinds}]"
+    """What the guard made of a turn, in one line. Kinds of harm are named only if something is flagged."""
+    if record["response"] is None and not record["stopped"]:
+        return "[no answer: the context has no room for one]"
+    unsafe = record[
+        "prompt_unsafe_probability" if record["response"] is None else "response_unsafe_probability"
+    ]
+    if not record["flagged"]:
+        return f"[{unsafe:.3f}]"
+    what = {
+        "prompt": "refused",
+        "response": f"stopped after {record['verdicts'][-1][0]} tokens",
+        None: "flagged",
+    }
+    top = sorted(record["categories"].items(), key=lambda item: -item[1])[:2]
+    kinds = "; ".join(f"{printable(name).replace('_', ' ').replace(',', ', ')} {p:.2f}" for name, p in top)
+    return f"[{what[record['stopped']]}: harmful {unsafe:.3f}{kinds and f' ({kinds})'}]"
 
 
-def show(record):
-    """Print a turn for human eyes; what the guard stopped is not shown."""
-    print(f"prompt   {record['prompt_unsafe_probability']:.3f}  {printable(record['prompt'])}")
-    if record["response"] is not None and not record["stopped"]:
-        print(f"answer   {record['response_unsafe_probability']:.3f}  {printable(record['response'])}")
-    print(f"{outcome(record)}\n")
+def chat_on_terminal(guard, **options):
+    """A conversation on the terminal. Ctrl-C stops an answer, Ctrl-D leaves, a flagged turn is forgotten.
 
-
-def printable(text):
-    """The text without what could move a terminal's cursor, recolour it or turn its lines round."""
-    return "".join(c for c in text if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf"))
-
-
-class Screen(TextStreamer):
-    """Shows an answer while it comes, wrapped to the terminal, with the running verdict at the right margin."""
-
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.column = 0
-
-    def widths(self):
-        """Columns for text, and columns in all: there is no margin where that would leave too few."""
-        columns = shutil.get_terminal_size().columns
-        return columns - 7 if columns > 40 else columns, columns
-
-    def put_verdict(self, tokens, probabilities):
-        room, columns = self.widths()
-        if room < columns:
-            # The cursor is put back, so that the text goes on where it was.
-            print(f"\x1b7\x1b[{columns - 4}G\x1b[2m{probabilities[0]:.3f}\x1b8", end="", flush=True)
-
-    def on_finalized_text(self, text, stream_end=False):
-        room, _ = self.widths()
-        for word in re.findall(r"\n| |[^\n ]+", printable(text).expandtabs(4)):
-            if word == "\n" or (self.column and self.column + sum(map(cells, word)) > room):
-                self.newline()
-                word = word.strip()  # of a line that is wrapped at a space, the space
-            for char in word:
-                if self.column + cells(char) > room:
-                    self.newline()
-                print(char, end="")
-                self.column += cells(char)
-        if stream_end:
-            self.newline()
-        sys.stdout.flush()
-
-    def newline(self):
-        print()
-        self.column = 0
-
-
-def cells(char):
-    """How many columns of a terminal a character takes."""
-    if unicodedata.category(char) in ("Cf", "Me", "Mn"):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "FW" else 1
-
-
-def chat(guard, thresholds, **options):
-    """A conversation on a terminal: Ctrl-C stops the answer, Ctrl-D leaves, and a flagged turn is forgotten."""
+    A piece of an answer appears after its verdict.
+    """
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  gives input() the arrow keys
-    history, interrupted = [], []
-
-    def stop(*_):
-        # The first asks for an end, so that what there is of the answer gets its verdict; the second does not wait.
-        if interrupted:
-            raise KeyboardInterrupt
-        interrupted.append(True)
-
-    options["stopping_criteria"] = [lambda ids, scores: torch.full((len(ids),), bool(interrupted), device=ids.device)]
+    history, past = [], Past()
     while True:
         try:
             prompt = input("> ")
@@ -192,109 +134,104 @@ def chat(guard, thresholds, **options):
             return print()
         if not prompt.strip():
             continue
-        interrupted.clear()
-        handler = signal.signal(signal.SIGINT, stop)
+        user, turn, shown = {"role": "user", "content": prompt}, [], ""
         try:
-            record = moderate_turn(
-                guard, prompt, None, thresholds, history, streamer=Screen(guard.tokenizer), **options
-            )
+            for text, verdict in moderate_turn(guard, [*history, user], past, **options):
+                turn.append((text, verdict))
+                if text and not verdict.flagged:
+                    print(printable(text[len(shown) :]), end="", flush=True)
+                    shown = text
         except KeyboardInterrupt:
-            print("[interrupted, and forgotten]\n")
-            continue
+            print(" [interrupted]", end="")  # all that was shown has been judged
         except UserError as error:  # a text that cannot be judged is no reason to leave
-            print(f"[{printable(str(error))}]\n")
-            continue
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        print(textwrap.fill(outcome(record), shutil.get_terminal_size().columns), end="\n\n")
-        if record["stopped"]:
-            continue
-        if record["response"] is None and history:
+            print(f"[{one_line(error)}]")
+        print("\n" * bool(shown) + (outcome(record(prompt, turn)) if turn else ""), end="\n\n")
+        if turn and turn[-1][0] is None and history:
             print("[what was said so far is forgotten]\n")
             history.clear()
-        elif record["response"] is not None:
-            history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": record["response"]}]
+        elif shown and not turn[-1][1].flagged:
+            history += [user, {"role": "assistant", "content": shown}]
 
 
 def piped():
-    """The lines on standard input, where that is a pipe or a file."""
-    mode = os.fstat(sys.stdin.fileno()).st_mode
+    """The lines on standard input, if that is a pipe or a file."""
+    mode = os.fstat(sys.stdin.fileno()).st_mode if sys.stdin else 0
     if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         yield from filter(None, map(str.strip, sys.stdin))
 
 
-def score_file(guard, source, target, thresholds, chunk_rows=256):
-    """Write each row of a JSONL file with its verdict added, in the same order; rows that `target` has are not judged.
+def score_file(guard, source, target, chunk_rows=256):
+    """Write each row of a JSONL file with its verdict added, in order, going on after what `target` holds.
 
-    The processes of `accelerate launch` share the rows. Raises UserError for a bad line, before any row is judged, and
-    for a `target` whose rows, categories or flags are not those of this input, guard and thresholds.
+    The processes of `accelerate launch` share the rows. Raises UserError for a bad line, before any row is
+    judged, and for a `target` that holds other rows.
     """
     if source.exists() and not source.is_file():
-        raise UserError(f"{source} must be a file on disk, for it is read more than once")
+        raise UserError(f"{source} must be a file on disk, because it is read more than once")
     if target.exists() and target.samefile(source):
         raise UserError(f"writing {target} would destroy the input; name another --output")
-    lines = read_jsonl(source)
-    total = sum(1 for number, row in lines if encode_row(guard.tokenizer, row, f"{source}, line {number}"))
-    accelerator, there = Accelerator(), rows_there(guard, source, target, thresholds)
-    accelerator.wait_for_everyone()  # or a slower process would count what this one writes
-    rows = itertools.islice(rows_of(source), there, None)
-    bar = tqdm(initial=there, total=total, unit=" rows", disable=not accelerator.is_main_process)
+    total = sum(1 for n, row in read_jsonl(source) if encode_row(guard.tokenizer, row, f"{source}, line {n}"))
+    accelerator, done = Accelerator(), done_rows(guard, source, target)
+    accelerator.wait_for_everyone()  # a slower process would count what this one writes
+    rows = itertools.islice(rows_of(source), done, None)
+    bar = tqdm(initial=done, total=total, unit=" rows", disable=not accelerator.is_main_process)
     with open(target, "ab") as out, bar:
         while chunk := list(itertools.islice(rows, chunk_rows)):
             with accelerator.split_between_processes(chunk) as share:
-                texts = [encode_row(guard.tokenizer, row) for row in share]
-            judged = gather_object(probabilities(guard.score(texts), guard.calibration).tolist())
+                verdicts = gather_object(guard.classify(share))
             if accelerator.is_main_process:
-                for row, outputs in zip(chunk, judged, strict=True):
-                    out.write(judged_line(guard, thresholds, row, *outputs))
+                out.writelines(
+                    scored_line(row, verdict) for row, verdict in zip(chunk, verdicts, strict=True)
+                )
                 out.flush()
             bar.update(len(chunk))
-    accelerator.end_training()  # or a process that leaves first takes the others down
+    accelerator.end_training()  # a process that leaves first takes the others down
 
 
 def rows_of(source):
-    """The rows of a JSONL file, without the verdicts that an earlier scoring may have left in them."""
-    added = ("unsafe_probability", "flagged", "categories")
+    """The rows of a JSONL file, without the verdicts of an earlier scoring."""
+    added = Verdict(0, 0, {}, False).fields()
     return ({name: row[name] for name in row if name not in added} for _, row in read_jsonl(source))
 
 
-def judged_line(guard, thresholds, row, *judged):
-    _, response, _ = conversation(row)
-    threshold = thresholds[is_answer(response)]
-    return (json.dumps(row | verdict_fields(guard, threshold, *judged)) + "\n").encode()
+def scored_line(row, verdict):
+    return (json.dumps(row | verdict.fields()) + "\n").encode()
 
 
-def rows_there(guard, source, target, thresholds):
-    """How many rows `target` has; a last line that is cut off, for the run was killed, is taken out."""
-    there, size, rows = 0, 0, rows_of(source)
+def done_rows(guard, source, target):
+    """How many rows `target` has; a last line that was cut off is removed. Raises UserError for others."""
+    done, size, rows = 0, 0, rows_of(source)
     if not target.exists():
-        return there
-    with open(target, "rb") as file:
-        for line in file:
-            row, is_ours = next(rows, {}), False
+        return done
+    with open(target, "rb") as lines:
+        for line in lines:
+            row, found = next(rows, None), None
             start = json.dumps(row)[:-1].encode()
             if not line.endswith(b"\n") and line[: len(start)] == start[: len(line)]:
                 os.truncate(target, size)
                 break
-            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            same = False
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
                 found = json.loads(line)
-                found = found["unsafe_probability"], *found["categories"].values()
-                is_ours = line == judged_line(guard, thresholds, row, *found)
-            if not is_ours:
-                where = f"line {there + 1} of {target}"
-                raise UserError(f"{where} is no verdict of such a guard on the row of {source}; name another --output")
-            there, size = there + 1, size + len(line)
-    return there
+                verdict = Verdict(0, found["unsafe_probability"], found["categories"], found["flagged"])
+                same = line == scored_line(row, verdict) and [*verdict.categories] == guard.config.categories
+            if not same:
+                where = f"line {done + 1} of {target}"
+                raise UserError(
+                    f"{where} is not this guard's verdict on a row of {source}; name another --output"
+                )
+            done, size = done + 1, size + len(line)
+    return done
 
 
 def main():
     args = parse_arguments()
-    guard, thresholds = load_guard(args.config, args.adapter, args.device_id, args.threshold)
+    guard = load_guard(args.config, args.adapter, args.device_id, args.threshold)
     if args.input or args.response is not None:  # nothing is generated
-        guard.use_fast_dtype()
+        use_fast_dtype(guard)
     if args.input:
-        return score_file(guard, args.input, args.output, thresholds)
+        return score_file(guard, args.input, args.output)
     if Accelerator().num_processes > 1:
         raise UserError("several processes can share the rows of --input, and nothing else")
     options = {"max_new_tokens": args.max_new_tokens, "verdict_every": args.verdict_every}
@@ -302,32 +239,36 @@ def main():
         options |= {"do_sample": True, "temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0}
     sys.stdout.reconfigure(errors="replace")
     if args.prompt is None and not args.json and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
-        return chat(guard, thresholds, **options)
-    lines = piped() if args.prompt is None and sys.stdin else iter([])
-    if first := next(lines, None):
-        prompts = itertools.chain([first], lines)
-    else:
-        prompts = EXAMPLES if args.prompt is None else [args.prompt]
-    unanswered = 0
+        return chat_on_terminal(guard, **options)
+    lines = piped() if args.prompt is None else iter([])
+    first = next(lines, None)
+    prompts = itertools.chain([first], lines) if first else EXAMPLES if args.prompt is None else [args.prompt]
+    unanswered, given = 0, args.response is not None
     for prompt in prompts:
         try:
-            record = moderate_turn(guard, prompt, args.response, thresholds, **options)
-        except UserError as error:  # one line that cannot be judged is no reason to leave the next ones out
+            if given:
+                turn = judge_pair(guard, prompt, args.response)
+            else:
+                turn = moderate_turn(guard, [{"role": "user", "content": prompt}], **options)
+            found = record(prompt, list(turn), given)
+        except UserError as error:  # a line that cannot be judged is no reason to leave out the next ones
             if not first:
                 raise
-            print(f"[{printable(str(error))}]", file=sys.stderr if args.json else sys.stdout, flush=True)
+            print(f"[{one_line(error)}]", file=sys.stderr if args.json else sys.stdout, flush=True)
             unanswered += 1
             continue
+        unanswered += found["response"] is None and not found["stopped"]
+        shown = "" if found["stopped"] else printable(found["response"] or "")
         if args.json:
-            print(json.dumps(record), flush=True)
-        elif first:
-            text = None if record["stopped"] else record["response"]
-            print(outcome(record) if text is None else " ".join(printable(text).split()), flush=True)
+            print(json.dumps(found), flush=True)
+        elif first:  # one answer a line
+            print(" ".join(shown.split()) or outcome(found), flush=True)
         else:
-            show(record)
-        unanswered += record["response"] is None and not record["stopped"]
+            print(f"> {printable(prompt)}\n{shown}\n{outcome(found)}\n")
     if unanswered:
-        raise UserError(f"{unanswered} prompts leave no room for an answer in the context, or cannot be judged")
+        raise UserError(
+            f"{unanswered} prompts leave no room for an answer in the context, or cannot be judged"
+        )
 
 
 if __name__ == "__main__":

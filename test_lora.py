@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import make_model
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from common import UserError
-from conftest import make_model
 from lora import Gate, LoRALinear, inject_lora, trainable
 
 IN, OUT, R, ALPHA = 6, 5, 3, 7.0
@@ -159,7 +159,8 @@ def test_one_gate_opens_every_layer():
 
 
 @pytest.mark.parametrize(
-    "targets", [["qproj"], ["proj"], ["q"], ["self_attn"], ["q_proj", "nothing"], ["embed_tokens"], ["lm_head"]]
+    "targets",
+    [["qproj"], ["proj"], ["q"], ["self_attn"], ["q_proj", "nothing"], ["embed_tokens"], ["lm_head"]],
 )
 def test_a_target_that_matches_no_linear_layer_is_an_error(targets):
     """Kills: ignoring what is not there, matching by prefix or substring, LoRA around an embedding or the head."""
@@ -167,7 +168,9 @@ def test_a_target_that_matches_no_linear_layer_is_an_error(targets):
         inject_lora(make_model(), targets, R, ALPHA, within="model")
 
 
-@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize(
+    "hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
 def test_a_target_with_hooks_is_refused(hook):
     """Kills: a chat path that differs, for a target's own hooks are passed by; half an injection."""
     model = make_model()

@@ -1,5 +1,6 @@
 """Tiny random models and a tiny tokenizer with a chat template, made on the spot: the tests need no network."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,7 +15,9 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Lfm2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -23,12 +26,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    RwkvConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from model import GuardedChat
+from chat import encode
+from model import GuardConfig, GuardedChat
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -87,15 +92,74 @@ def make_model(kind="llama", seed=0):
 
 
 def make_guard(kind="llama", trained=True, **settings):
-    """A guard for make_model(kind); `trained` fills B with noise, for with B at zero the gate changes nothing."""
+    """A guard for make_model(kind). `trained` fills B with noise, because with B at zero the gate changes nothing."""
     settings = {"categories": ["theft", "hate"], "lora_r": 4, "guard_prompt": " harmful?"} | settings
-    guard = GuardedChat(make_model(kind), make_tokenizer(), **settings)
+    guard = GuardedChat(make_model(kind), make_tokenizer(), GuardConfig(**settings))
     if trained:
         torch.manual_seed(1)
         for name, parameter in guard.adapter().items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
     return guard
+
+
+REFUSED = {  # {kind: (config, {guard path: what the refusal says, or None})}
+    "hybrid of convolution and attention": (
+        Lfm2Config(vocab_size=320, layer_types=["conv", "full_attention"], **GROUPED),
+        {"activated": "LinearAttentionLayer; train with --guard-path full", "full": None},
+    ),
+    "state space": (
+        MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
+        dict.fromkeys(("activated", "full"), "cannot be guarded"),
+    ),
+    "recurrent": (
+        RwkvConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
+        dict.fromkeys(("activated", "full"), "cannot be guarded"),
+    ),
+}
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def ids_of(tokenizer, prompt, response=None, history=()):
+    """Token ids of a conversation."""
+    answer = [] if response is None else [{"role": "assistant", "content": response}]
+    return encode(tokenizer, [*history, *user(prompt), *answer])[0]
+
+
+def plain(kind, ids, seed=0, **options):
+    """What the chat model alone answers: transformers' own generate on a model that never had a guard."""
+    torch.manual_seed(seed)
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 2, **options}
+    ids = torch.tensor([ids])
+    return (
+        make_model(kind)
+        .generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
+        .tolist()
+    )
+
+
+def until(row, end):
+    return row[: row.index(end)] if end in row else row
+
+
+def make_rows(count, start=0):
+    return [
+        {
+            "prompt": f"question {i // 2}",
+            "response": f"answer {i}",
+            "category": {"theft": i % 2 == 0, "hate": i % 4 == 0},
+            "is_safe": i % 2 == 1,
+        }
+        for i in range(start, start + count)
+    ]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 @pytest.fixture

@@ -1,0 +1,162 @@
+"""The chat path: how a conversation becomes token ids, and how the frozen model answers it.
+
+Here is all that the guard needs to know about transformers' tokenizers, decoding and caches.
+"""
+
+import copy
+import re
+import sys
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMode
+
+from common import UserError, one_line
+
+TOKENIZER_LOCK = threading.Lock()
+
+
+def encode(tokenizer, messages):
+    """Messages [{"role", "content"}, ...] -> (token ids, where the answer starts), in the chat template.
+
+    An assistant's message at the end is the answer. It is left open, without an end-of-turn token, so a
+    finished answer and one that is still being written are judged in the same form. Control tokens that are
+    spelled out in a text ("<|im_end|>") stay plain text.
+    Raises UserError if the template does not show the texts whole, or a text would become a control token.
+    """
+    answered = messages[-1]["role"] == "assistant"
+    before = render(tokenizer, messages[: len(messages) - answered], add_generation_prompt=True)
+    if not answered:
+        return before, len(before)
+    ids = render(tokenizer, messages, continue_final_message=True)
+    pairs = zip(before, ids, strict=False)
+    return ids, next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(before), len(ids)))
+
+
+def render(tokenizer, messages, **options):
+    """Token ids of messages. Raises UserError as `encode` does."""
+    # transformers marks control tokens with these two characters. Without them, all renderings see one text.
+    messages = [m | {"content": re.sub("[\U000f0000\U000f0001]", "", m["content"])} for m in messages]
+    marked = [m | {"content": f"mark{n}mark" * bool(m["content"].strip())} for n, m in enumerate(messages)]
+    # Templates drop reasoning from earlier answers, and the chat model does not read it either.
+    exempt = [m["role"] == "assistant" for m in messages[:-1]] + [False]
+    visible = [mark if skip else m for m, mark, skip in zip(messages, marked, exempt, strict=True)]
+    # Every added token counts, because a template may build one from parts. Runs of spaces are text (Gemma).
+    control = {t: n for t, n in tokenizer.get_added_vocab().items() if t.replace("\u2581", " ").strip()}
+    try:
+        shown = tokenizer.apply_chat_template(visible, tokenize=False, **options)
+        skeleton = tokenizer.apply_chat_template(marked, tokenize=False, **options)
+        with TOKENIZER_LOCK:  # sanitizing switches how the tokenizer treats control tokens, for all threads
+            tokenizer.chat_control_tokens = list(control)
+            options |= {"sanitize_control_tokens": True, "return_dict": False}
+            ids = tokenizer.apply_chat_template(messages, **options)
+            skeleton_ids = tokenizer(skeleton, add_special_tokens=False).input_ids
+    except Exception as error:  # a chat template is a program, and raises what it likes
+        raise UserError(f"the chat template cannot write this conversation: {one_line(error)}") from error
+    check_shown(shown, skeleton, visible, exempt)
+    check_control_tokens(ids, skeleton_ids, set(control.values()))
+    return ids
+
+
+def check_shown(shown, skeleton, messages, exempt):
+    """Raise UserError if the template drops part of a text, which the guard would then not see."""
+    filled = re.sub("mark([0-9]+)mark", lambda mark: messages[int(mark[1])]["content"], skeleton)
+    needed = [n for n, m in enumerate(messages) if m["content"].strip() and not exempt[n]]
+    if any(f"mark{n}mark" not in skeleton for n in needed) or "".join(shown.split()) != "".join(
+        filled.split()
+    ):
+        raise UserError("the chat template leaves out a part of this conversation, unseen by the guard")
+
+
+def check_control_tokens(ids, skeleton_ids, control):
+    """Raise UserError if a text became a control token, as some tokenizers' normalisers can cause."""
+    if [n for n in ids if n in control] != [n for n in skeleton_ids if n in control]:
+        raise UserError("a text of this conversation would become a control token of the chat template")
+
+
+@dataclass
+class Past:
+    """What a chat has read so far. Given to the next `stream`, only what is new is read."""
+
+    ids: list[int] = field(default_factory=list)
+    cache: DynamicCache | None = None
+
+    def rewind(self, ids, config):
+        """Go back to what this has in common with `ids`. A cache that cannot be cropped starts anew."""
+        shorter = min(len(self.ids), len(ids) - 1)  # the last token is always read: its logits are needed
+        common = next((n for n in range(shorter) if self.ids[n] != ids[n]), shorter)
+        shrinks = common < len(self.ids)
+        if not common or (shrinks and any(type(layer) is not DynamicLayer for layer in self.cache.layers)):
+            self.cache, common = DynamicCache(config=config.get_text_config(decoder=True)), 0
+        elif shrinks:
+            self.cache.crop(common)
+        self.ids = self.ids[:common]
+
+
+@torch.no_grad()
+def decode(chat_model, input_ids, logits_processor, stopping_criteria, generation_config, past, **inputs):
+    """Transformers' sampling loop as a generator: yield (answer ids, done) for every token.
+
+    A token enters the cache when the next one is computed. The answer that is yielded is in the cache.
+    Raises UserError for beams and assistants.
+    """
+    if generation_config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UserError("a streamed answer is written token by token, without beams or an assistant")
+    ends = generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    keep = {name: n for name, n in inputs.items() if name == "logits_to_keep"}  # where the model knows it
+    ids, stopped = input_ids, False  # (1, T)
+    while True:
+        new = ids[:, len(past.ids) :]  # (1, tokens that the cache does not hold yet)
+        past.ids = []  # so an interrupted pass leaves nothing to go on from
+        output = chat_model(new, past_key_values=past.cache, use_cache=True, **keep)
+        past.ids = ids[0].tolist()
+        scores = logits_processor(ids, output.logits[:, -1].float())  # (1, vocabulary)
+        if generation_config.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1)  # (1, 1)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        done = stopped or token.item() in ends
+        yield past.ids[input_ids.shape[1] :], done
+        if done:
+            return
+        ids = torch.cat([ids, token], dim=1)
+        stopped = bool(stopping_criteria(ids, scores).all())
+
+
+def fork(cache):
+    """A cache that starts with the same tensors and grows alone, so the original stays whole.
+
+    Cropping the guard's tokens off again would not do: a sliding-window layer drops old tokens.
+    Raises ValueError for other kinds of cache.
+    """
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers] if cache is not None else [None]
+    for layer in forked.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"the activated path cannot use a {type(layer).__name__}; train with --guard-path full"
+            )
+    return forked
+
+
+def context_length(config):
+    """Longest conversation in tokens.
+
+    Beyond longrope's original length a model rotates all tokens of a batch in another way, so a verdict would
+    depend on its neighbours.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+    limits = [
+        part["original_max_position_embeddings"] for part in parts if part.get("rope_type") == "longrope"
+    ]
+    return min(getattr(config, "max_position_embeddings", None) or sys.maxsize, *limits, sys.maxsize)
+
+
+def make_contiguous(_, inputs):
+    """Copies a slice of hidden states. Without this, torch copies the lm_head weight for every prompt."""
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)

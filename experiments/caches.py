@@ -1,0 +1,80 @@
+"""Keep what the chat path makes of each conversation on disk, so later epochs and runs do not read it again.
+
+`train.py --cache-dir FOLDER` uses this. The activated path needs no gradient through the conversation, so its
+KV cache is the same in every epoch.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from common import UserError, one_line, write_whole
+
+
+class KeptCaches(nn.Module):
+    """A guard whose chat path reads each conversation once, into a file in `folder`.
+
+    Raises UserError for a model whose cache does not hold a whole conversation in one shape.
+    """
+
+    def __init__(self, guard, folder):
+        super().__init__()
+        self.guard = guard
+        layers = [] if guard.is_full else getattr(self.read(guard.guard_prompt_ids[0].tolist()), "layers", [])
+        shapes = {tensor.shape for x in layers if type(x) is DynamicLayer for tensor in (x.keys, x.values)}
+        if len(shapes) != 1 or any(type(layer) is not DynamicLayer for layer in layers):
+            raise UserError("the caches of this guard and chat model cannot be kept: leave out --cache-dir")
+        self.folder = Path(folder) / digest(guard.chat_model)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def forward(self, conversations, ends):
+        """As GuardedChat.forward: B lists of token ids, of which the first `ends` count -> logits (B, 1 + K)."""
+        device = self.guard.guard_prompt_ids.device
+        rows = [self.kept(ids)[:, :, :, :end] for ids, end in zip(conversations, ends, strict=True)]
+        longest = max(ends)
+        mask = torch.tensor([[0] * (longest - end) + [1] * end for end in ends], device=device)  # (B, T)
+        rows = torch.stack([F.pad(row, (0, 0, longest - row.shape[3], 0)) for row in rows], dim=2).to(device)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(rows):  # (B, heads, T, width)
+            cache.update(keys, values, layer)
+        return self.guard.judge(cache, None if mask.all() else mask)
+
+    def kept(self, ids):
+        """The cache of one conversation, (layers, 2, heads, T, width): keys and values.
+
+        It is read alone, so a file is the same whatever batch it was first needed in.
+        """
+        dtype, autocast = (
+            self.guard.chat_model.dtype,
+            torch.is_autocast_enabled(self.guard.guard_prompt_ids.device.type),
+        )
+        key = hashlib.sha256(json.dumps([ids, str(dtype), autocast]).encode()).hexdigest()[:32]
+        path = self.folder / f"{key}.safetensors"
+        if not path.exists():
+            layers = self.read(ids).layers
+            row = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])
+            write_whole(path, safetensors.torch.save({"cache": row.cpu()}))
+        try:
+            return safetensors.torch.load_file(path)["cache"]
+        except (safetensors.SafetensorError, KeyError) as error:
+            raise UserError(f"{path} is damaged, delete it: {one_line(error)}") from error
+
+    @torch.no_grad()
+    def read(self, ids):
+        ids = torch.tensor([ids], device=self.guard.guard_prompt_ids.device)
+        return self.guard.chat_model.base_model(input_ids=ids, use_cache=True).get("past_key_values")
+
+
+def digest(chat_model):
+    """Tells one set of frozen weights from another, by the beginning of every tensor."""
+    frozen = [p for p in chat_model.parameters() if not p.requires_grad]
+    frozen = [p if type(p) is nn.Parameter else p.dequantize() for p in frozen]
+    sample = torch.cat([p.detach().flatten()[:64].float().cpu() for p in frozen]).numpy().tobytes()
+    return hashlib.sha256(sample + chat_model.config.to_json_string().encode()).hexdigest()[:16]
