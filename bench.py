@@ -1,438 +1,299 @@
-"""The measurements behind the README's figures of speed.
+"""Measure how fast the guard is. docs/RESULTS.md has the figures.
 
-What is compared takes turns in one process, and a ratio is the median of those of the rounds: a shared machine can be a
-quarter slower a minute later, but hardly from one turn to the next. The peer is peft, in the way that LoRA-Guard's
-authors use it: LoRA on q and v, every row padded to the longest, with an attention mask.
-
-Operations are counted as those of the matrix products that the guard's formulas need, two for each multiplication: no
-padding, no language-model head, the causal half of the attention, no gradient where none is needed. The limit is what
-the fastest of a few square products of the same type does in a second, as another contestant of the same rounds.
+What is compared takes turns in one process, and a ratio is the median of the rounds' ratios: the speed of a
+shared machine changes within minutes, but hardly between two turns.
 """
 
 import argparse
 import json
 import platform
-import statistics
-import subprocess
+import re
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
 import peft
 import torch
 import transformers
-from torch import nn
 
-from checkpoint import EMBEDDED, load_chat_model
+from chat import encode, fork
+from checkpoint import EMBEDDED, build_guard, load_chat_model, save_adapter, use_fast_dtype
 from common import UserError, run
-from data import conversation, encode, evaluation_rows, labels
-from lora import LoRALinear, linear_sizes, trainable
-from model import NEVER, GuardedChat, lend
+from data import encode_row, labels, read_rows
+from lora import LoRALinear, linear_size
 from train import guard_loss
 
-PROMPT = (
-    "Write a long story about a lighthouse keeper who teaches the children of the village to read the stars."
-)
+PROMPT = "Write a long story about a lighthouse keeper who teaches the village's children to read the stars."
+MESSAGES = [{"role": "user", "content": PROMPT}]
 LENGTHS = (128, 512, 2048, 8192)  # tokens of a conversation
 STEPS = (16, 8, 32)  # tokens from verdict to verdict, the default first
-BATCH = 16  # rows, the default of train.py
-SCORED = 32  # and that of GuardedChat.score
+BATCH = 16  # rows of a training batch, as in train.py
+SCORED = 32  # rows of a scoring batch, as in GuardedChat.score
 PRODUCTS = (1024, 2048, 3072)  # sizes of the square matrices
-GROWTH = {"rows": (4, 8, 16, 32), "length": (64, 128, 256, 512), "rank": (4, 16, 64)}  # around 16, 128 and 16
+GROWTH = {"rows": (4, 8, 16, 32), "length": (64, 128, 256, 512), "rank": (4, 16, 64)}
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default=EMBEDDED, help="chat model, as for train.py")
-    parser.add_argument(
-        "--dataset", nargs="+", default=[str(Path(__file__).with_name("samples") / "sample.jsonl")]
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="less of everything, for a first look")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the time of a verdict over the length")
-    parser.add_argument(
-        "--plot-growth", metavar="FILE.png", help="draw time and memory over rows, length and rank"
-    )
-    parser.add_argument(
-        "--peak-of", nargs=4, help=argparse.SUPPRESS
-    )  # what a process of its own is asked for
+    add = parser.add_argument
+    add("model", nargs="?", default=EMBEDDED, help="chat model, as for train.py")
+    add("--dataset", nargs="+", default=[str(Path(__file__).parent / "samples/sample.jsonl")])
+    add("--rounds", type=int, default=5)
+    add("--quick", action="store_true", help="less of everything, for a first look")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--plot", metavar="FILE.png", help="draw the time of a verdict over the length")
+    add("--plot-growth", metavar="FILE.png", help="draw time and memory over rows, length and rank")
     args = parser.parse_args()
     if args.rounds < 1:
-        raise UserError("--rounds must be at least 1")
+        parser.error("--rounds must be at least 1")
     return args
 
 
-def turns(contestants, rounds):
-    """{name: seconds in each round} of functions that take turns of half a second or one call, whichever is longer."""
-    found = {name: [] for name in contestants}
-    for contestant in contestants.values():  # warms up
-        contestant()
-    for _ in range(rounds):
-        for name, contestant in contestants.items():
-            turn = []
-            while sum(turn) < 0.5:
-                started = time.perf_counter()
-                contestant()
-                turn.append(time.perf_counter() - started)
-            found[name].append(statistics.median(turn))
-    return found
+def main():
+    args = parse_arguments()
+    rounds, lengths = (1, LENGTHS[:3]) if args.quick else (args.rounds, LENGTHS)
+    guard, full = load(args.model, "train"), load(args.model, "score", guard_path="full")
+    rows = [row | {"category": None} for _, _, part in read_rows(args.dataset) for row in part][:512]
+    if len(rows) < SCORED:
+        raise UserError(f"there must be at least {SCORED} rows to measure with")
+    texts = [encode_row(guard.tokenizer, row)[0] for row in rows]
+    result = {"processor": processor(), "threads": torch.get_num_threads()}
+    result["dtype"] = str(guard.chat_model.dtype)[6:]  # without "torch."
+    result["versions"] = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
+    result |= {"rows": len(rows), "longest_row": max(map(len, texts))}
+    result |= measure_rows(args, guard, texts, labels(rows, guard.config.categories), rounds)
+    result |= measure_peft(args.model, guard, full, [texts[row] for row in sample(texts, BATCH)[-1]], rounds)
+    guard = load(args.model, "chat")
+    result |= {"chat_dtype": str(guard.chat_model.dtype)[6:], "full_dtype": str(full.chat_model.dtype)[6:]}
+    result |= measure_answers(args.model, guard, rounds if args.quick else 5 * rounds)
+    for length in lengths:
+        result |= measure_verdict(guard, full, length, rounds)
+    result["verdict_over_decode_step"] = max(result[f"verdict_over_decode_step_{n}"] for n in lengths)
+    if args.plot_growth:
+        result["growth"] = measure_growth(args.model)
+    lines = (f"{name:32} {f'{x:.3f}' if isinstance(x, float) else x}" for name, x in result.items())
+    print(json.dumps(result) if args.json else "\n".join(lines), flush=True)
+    if args.plot or args.plot_growth:
+        from experiments.plots import plot_growth, plot_verdicts
+    if args.plot_growth:
+        plot_growth(args.plot_growth, result["growth"])
+    if args.plot:
+        caption = f"One verdict, {args.model} in {result['chat_dtype']}, {result['threads']} CPU threads"
+        plot_verdicts(args.plot, {length: result[f"milliseconds_{length}"] for length in lengths}, caption)
 
 
-def ratio(found, one, other):
-    """How many times as long as `other` it is that `one` takes: the median over the rounds."""
-    return statistics.median(a / b for a, b in zip(found[one], found[other], strict=True))
-
-
-def load(args, **settings):
-    """A guard with random adapters, which take the time that trained ones would, of BeaverTails' 14 categories."""
+def load(model, use, **settings):
+    """A guard with random adapters. It trains and scores in the fast dtype, and chats in the model's own."""
     torch.manual_seed(0)
-    settings = {"categories": [f"category {number}" for number in range(14)]} | settings
-    return GuardedChat(*load_chat_model(args.model), **settings)
+    names = [f"category {n}" for n in range(14)]  # as many as BeaverTails has
+    guard = build_guard(*load_chat_model(model), {"categories": names, **settings}, "cpu")
+    if use != "chat":
+        use_fast_dtype(guard)
+    for name, parameter in guard.adapter().items():
+        torch.nn.init.normal_(parameter, std=0.02)  # with B at zero, peft would agree whatever the scale is
+        if "lora_" in name and use != "train":  # as load_guard does
+            parameter.data = parameter.data.to(guard.chat_model.dtype)
+    return guard
 
 
-def dtype_of(guard):
-    return str(guard.chat_model.dtype).removeprefix("torch.")
+def processor():
+    info = Path("/proc/cpuinfo")  # of Linux; elsewhere `platform` knows more
+    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def sample(texts, size):
-    """Batches of texts of similar length, as row numbers: from the middle of each quarter, in the order of length."""
+    """Row numbers of about four batches: rows sorted by length, a batch from the middle of each quarter."""
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
     return batches[len(batches) // 8 :: max(1, len(batches) // 4)]
 
 
-# Generation.
+def turns(what, contestants, rounds):
+    """{name: seconds of a call, in each round}. A turn takes one call, or as many as fit half a second."""
+    print(f"measuring {what}", file=sys.stderr, flush=True)
+    found = {name: [] for name in contestants}
+    for contestant in contestants.values():  # warms up
+        contestant()
+    for name, contestant in list(contestants.items()) * rounds:
+        turn = []
+        while sum(turn) < 0.5:
+            started = time.perf_counter()
+            contestant()
+            turn.append(time.perf_counter() - started)
+        found[name].append(median(turn))
+    return found
 
 
-def share_weights(guard, untouched):
-    """Give another copy of a guard's chat model the same tensors: where they lie can make a token 2 % slower."""
-    weights = {name.replace(".base.", "."): tensor for name, tensor in guard.chat_model.state_dict().items()}
-    untouched.load_state_dict({name: weights[name] for name in untouched.state_dict()}, assign=True)
-
-
-def time_stream(guard, untouched, rounds, tokens=128):
-    """Turns of writing an answer: without a guard, with the gate shut, with a verdict every N tokens."""
-    share_weights(guard, untouched)
-    prompt = encode(guard.tokenizer, PROMPT)
-    ids = torch.tensor([prompt])
-
-    def plain(model):
-        def generate():
-            options = {"attention_mask": torch.ones_like(ids), "pad_token_id": guard.tokenizer.pad_token_id}
-            output = model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
-            assert output.shape[1] == len(prompt) + tokens, "the answer ended early"
-
-        return generate
-
-    def moderated(every):
-        return lambda: guard.generate([prompt], NEVER, max_new_tokens=tokens, verdict_every=every)
-
-    contestants = {"plain": plain(untouched), "off": plain(guard.chat_model)}
-    return turns(contestants | {every: moderated(every) for every in STEPS}, rounds)
-
-
-@torch.no_grad()
-def time_verdicts(activated, full, length, rounds):
-    """Turns of a verdict on a conversation of `length` tokens, and of one decode step of the chat behind it."""
-    ids = (encode(activated.tokenizer, PROMPT) * length)[:length]
-    token = torch.tensor([ids[:1]])
-    cache = activated.chat_model.base_model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
-    contestants = {
-        "decode step": lambda: activated.chat_model(input_ids=token, past_key_values=lend(cache)),
-        "activated": lambda: activated.judge(cache),
-        "full": lambda: full([ids]),
-    }
-    return turns(contestants, rounds)
-
-
-# Training and scoring.
-
-
-def training_step(model, parameters, judge, targets):
-    """A function that learns from one batch: judge(batch) gives logits; batch: row numbers."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-    weight = torch.ones(targets.shape[1])
-
-    def step(batch):
-        guard_loss(judge(batch), targets[batch], weight, True).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    model.train()
-    return step
-
-
-def our_step(guard, texts, targets):
-    parameters = list(trainable(guard).values())
-    return training_step(guard, parameters, lambda batch: guard([texts[row] for row in batch]), targets)
-
-
-def their_step(args, dtype, texts, targets):
-    """The reference's way of training, by peft: LoRA on q and v, every row padded to the longest, with a mask."""
-    chat_model, tokenizer = load_chat_model(args.model, dtype)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-    model = peft.get_peft_model(chat_model.base_model, config)
-    head = nn.Linear(chat_model.get_output_embeddings().weight.shape[-1], targets.shape[1])
-    longest = max(map(len, texts))
-    pad = tokenizer.pad_token_id or 0
-
-    def judge(batch):
-        ids = torch.tensor([texts[row] + [pad] * (longest - len(texts[row])) for row in batch])
-        mask = torch.tensor([[1] * len(texts[row]) + [0] * (longest - len(texts[row])) for row in batch])
-        hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return head(hidden[torch.arange(len(batch)), mask.sum(1) - 1].float())
-
-    parameters = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
-    return training_step(model, parameters, judge, targets)
+def ratio(found, one, other):
+    """How many times as long as `other` the contestant `one` takes: the median over the rounds."""
+    return median(a / b for a, b in zip(found[one], found[other], strict=True))
 
 
 def operations(guard, lengths, training):
-    """Operations that conversations of so many tokens need on the activated path, judged or learnt from."""
+    """Operations to judge these conversations on the activated path, or to learn from them: matrix products
+    alone, without padding, the language-model head, and gradients that nothing needs."""
     layers = [module for module in guard.modules() if isinstance(module, LoRALinear)]
     config = guard.chat_model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_attention_heads * width * config.num_hidden_layers
-    frozen = sum(inside * outside for inside, outside in (linear_sizes(layer.base) for layer in layers))
-    low_rank = sum(parameter.numel() for layer in layers for parameter in (layer.lora_A, layer.lora_B))
-    question, total = guard.guard_prompt_ids.shape[1], 0
-    for length in lengths:
-        total += (
-            2 * frozen * length + 2 * attention * length**2
-        )  # the chat path's pass, half of a square of attention
-        seen = 4 * attention * question * (length + question / 2)
-        judged = 2 * frozen * question + seen
-        # Backward there is one more product for each: by x alone where W is frozen, by x and by the factor in LoRA.
-        total += judged * (2 if training else 1) + 2 * low_rank * question * (3 if training else 1)
-    return total
+    frozen = sum(inside * outside for inside, outside in (linear_size(layer.base) for layer in layers))
+    question = guard.guard_prompt_ids.shape[1]
+    read = sum(2 * frozen * length + 2 * attention * length**2 for length in lengths)  # causal: half
+    judged = sum(2 * frozen + 4 * attention * (length + question / 2) for length in lengths) * question
+    lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers) * 2 * question * len(lengths)
+    # Backward needs one more product where W is frozen (dy W), and two in LoRA (its factors learn).
+    return read + judged * (2 if training else 1) + lora * (3 if training else 1)
 
 
-def products(dtype):
-    """The contestants that the limit is made of."""
-    pairs = {size: torch.randn(2, size, size).to(dtype) for size in PRODUCTS}
-    return {size: lambda pair=pair: pair[0] @ pair[1] for size, pair in pairs.items()}
+def learn(judge, optimizer, texts, targets):
+    """One step of training. judge(texts) -> logits (B, 1 + K)."""
+    guard_loss(judge(texts), targets, torch.ones(targets.shape[1]), True).backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def limits(found):
-    """Operations in a second of the fastest product of each round."""
-    rounds = zip(*(found[size] for size in PRODUCTS), strict=True)
-    return [max(2 * size**3 / seconds for size, seconds in zip(PRODUCTS, one, strict=True)) for one in rounds]
+def reference(guard, chat_model, longest):
+    """(judge, optimizer) in the way of LoRA-Guard's authors: q and v, rows padded to `longest`, a mask."""
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(chat_model.base_model, config).train()
+    head = torch.nn.Linear(guard.head.in_features, guard.head.out_features)
+
+    def judge(texts):
+        ids, mask = (rows[:-1] for rows in guard.pad([*texts, [0] * longest], "right"))  # (B, T)
+        hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, T, H)
+        return head(hidden[torch.arange(len(texts)), mask.sum(1) - 1].float())
+
+    return judge, torch.optim.AdamW([*model.parameters(), *head.parameters()])
 
 
-def fraction_of_limit(found, name, needed):
-    """The share of the limit at which `name` does the operations that it needs: the median over the rounds."""
-    rounds = zip(found[name], limits(found), strict=True)
-    return statistics.median(needed / seconds / limit for seconds, limit in rounds)
-
-
-def time_training(args, guard, texts, targets, rounds):
-    """Turns of our learning a sample of batches, of the products and of the peer; {"ours", "peer"}: row numbers."""
-    ours = sample(texts, BATCH)
-    learnt = [row for batch in ours for row in batch]
-    theirs = learnt[: BATCH // 4 if args.quick else BATCH]
-    step, peer = our_step(guard, texts, targets), their_step(args, dtype_of(guard), texts, targets)
-    contestants = {"ours": lambda: [step(batch) for batch in ours]} | products(guard.chat_model.dtype)
-    return turns(contestants | {"peer": lambda: peer(theirs)}, rounds), {"ours": learnt, "peer": theirs}
-
-
-def peft_config(guard, **options):
-    """The settings of a guard's adapters as peft's."""
-    names = sorted(
-        {name.rpartition(".")[2] for name, m in guard.named_modules() if isinstance(m, LoRALinear)}
-    )
-    r, lora_alpha = guard.settings["lora_r"], guard.settings["lora_alpha"]
-    return peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=names, **options)
+def measure_rows(args, guard, texts, targets, rounds):
+    """Training and scoring, beside peft and the limit: the fastest of a few square products."""
+    ours = [([texts[row] for row in batch], targets[batch]) for batch in sample(texts, BATCH)]
+    theirs = [part[: BATCH // 4 if args.quick else BATCH] for part in ours[0]]
+    scored = [texts[row] for batch in sample(texts, SCORED) for row in batch]
+    optimizer = torch.optim.AdamW(guard.parameters())
+    chat_model = load_chat_model(args.model)[0].to(guard.chat_model.dtype)
+    peer = reference(guard, chat_model, max(map(len, texts)))
+    contestants = {
+        "ours": lambda: [learn(guard.train(), optimizer, *batch) for batch in ours],
+        "peer": lambda: learn(*peer, *theirs),
+        "score": lambda: guard.score(scored),
+    }
+    pairs = {size: torch.randn(2, size, size).to(chat_model.dtype) for size in PRODUCTS}
+    contestants |= {size: lambda pair=pair: pair[0] @ pair[1] for size, pair in pairs.items()}
+    found = turns("training and scoring", contestants, rounds)
+    products = zip(*([seconds / (2 * size**3) for seconds in found[size]] for size in PRODUCTS), strict=True)
+    found["limit"] = [min(seconds) for seconds in products]  # for one operation, in each round
+    learnt = [len(ids) for batch, _ in ours for ids in batch]
+    judged = [len(ids) for ids in scored]
+    return {
+        "limit_gflops": median(1e-9 / seconds for seconds in found["limit"]),
+        "train_rows_per_second": len(learnt) / median(found["ours"]),
+        "train_speedup": ratio(found, "peer", "ours") * len(learnt) / len(theirs[0]),
+        "train_fraction_of_limit": operations(guard, learnt, training=True) * ratio(found, "limit", "ours"),
+        "score_tokens_per_second": sum(judged) / median(found["score"]),
+        "score_fraction_of_limit": operations(guard, judged, training=False) * ratio(found, "limit", "score"),
+    }
 
 
 @torch.no_grad()
-def time_forward(args, full, texts, rounds):
-    """Turns of the `full` path's pass over a batch and of peft's with the same tensors; how far the logits differ."""
-    chat_model, _ = load_chat_model(args.model, dtype_of(full))
-    theirs = peft.get_peft_model(chat_model, peft_config(full), autocast_adapter_dtype=False).eval()
-    tensors = {name: tensor for name, tensor in full.adapter().items() if "lora_" in name}
-    peft.set_peft_model_state_dict(theirs, tensors)
-    ids, mask = full._pad(texts, "right")
+def measure_peft(model, guard, full, texts, rounds):
+    """Saved adapters in peft: how far their logits are from ours, and the time of the full path."""
+    prompt = encode(guard.tokenizer, MESSAGES)[0]
+    fields = {}
+    for each in (guard, full):
+        question = each.guard_prompt_ids[0].tolist()
+        options = {"r": each.config.lora_r, "lora_alpha": each.config.lora_alpha, "task_type": "CAUSAL_LM"}
+        options |= {"target_modules": "all-linear", "alora_invocation_tokens": question or None}
+        chat_model = load_chat_model(model)[0].to(each.chat_model.dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            peft.LoraConfig(**options).save_pretrained(folder)
+            save_adapter(Path(folder, "adapter_model.safetensors"), each.adapter(), {})
+            theirs = peft.PeftModel.from_pretrained(chat_model, folder, autocast_adapter_dtype=False).eval()
+        hidden = theirs(torch.tensor([prompt + question]), output_hidden_states=True).hidden_states[-1]
+        apart = each.head(hidden[:, -1].float()) - each.eval()([prompt])
+        fields[f"logits_from_peft_{each.config.guard_path}"] = apart.abs().max().item()
+    ids, mask = full.pad(texts, "right")
     last = torch.arange(len(ids)), mask.sum(1) - 1
-
-    def peer():
-        hidden = theirs.base_model.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return full.head(hidden[last].float())
-
-    difference = (peer() - full(texts)).abs().max().item()
-    return turns({"ours": lambda: full(texts), "peer": peer}, rounds), difference
-
-
-def load_in_peft(args, guard):
-    """How far the logits of a saved adapter, loaded by peft from its folder, are from the guard's own."""
-    ids, question = encode(guard.tokenizer, PROMPT), guard.guard_prompt_ids[0].tolist()
-    invocation = {} if guard.is_full else {"alora_invocation_tokens": question}
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        peft_config(guard, task_type="CAUSAL_LM", **invocation).save_pretrained(folder)
-        guard.save_adapter(Path(folder) / "adapter_model.safetensors")
-        chat_model, _ = load_chat_model(args.model, dtype_of(guard))
-        theirs = peft.PeftModel.from_pretrained(chat_model, folder).eval()
-        hidden = theirs(torch.tensor([ids + question]), output_hidden_states=True).hidden_states[-1]
-        return (guard.head(hidden[:, -1].float()) - guard.eval()([ids])).abs().max().item()
+    inner = theirs.base_model.model.base_model  # with the adapter of `full`
+    contestants = {
+        "ours": lambda: full(texts),
+        "peer": lambda: full.head(inner(input_ids=ids, use_cache=False).last_hidden_state[last].float()),
+    }
+    fields["logits_apart"] = (contestants["peer"]() - contestants["ours"]()).abs().max().item()
+    found = turns("the full path and peft's", contestants, rounds)
+    return fields | {"lora_over_peft": ratio(found, "ours", "peer")}
 
 
-# Growth.
+def measure_answers(model, guard, rounds, tokens=128):
+    """An answer without a guard, with the gate shut, and moderated. Ratios near 1 need more rounds."""
+    untouched, _ = load_chat_model(model)  # with the guard's tensors: their place in memory changes the speed
+    weights = {name.replace(".base.", "."): tensor for name, tensor in guard.chat_model.state_dict().items()}
+    untouched.load_state_dict({name: weights[name] for name in untouched.state_dict()}, assign=True)
+    prompt = encode(guard.tokenizer, MESSAGES)[0]
+    ids = torch.tensor([prompt])
+    options = {"attention_mask": torch.ones_like(ids), "pad_token_id": guard.tokenizer.pad_token_id}
+    options |= {"max_new_tokens": tokens, "do_sample": False}
+    if untouched.generate(ids, **options).shape[1] < len(prompt) + tokens:
+        raise UserError(f"the answer of {model} ends before {tokens} tokens")
+    models = {"plain": untouched, "off": guard.chat_model}
+    contestants = {name: lambda model=model: model.generate(ids, **options) for name, model in models.items()}
+    contestants |= {n: lambda n=n: list(guard.stream(prompt, verdict_every=n, **options)) for n in STEPS}
+    found = turns("answers", contestants, rounds)
+    fields = {"plain_seconds": median(found["plain"]), "off_over_plain": ratio(found, "off", "plain")}
+    fields["stream_over_plain"] = ratio(found, STEPS[0], "plain")
+    return fields | {f"stream_over_plain_every_{n}": ratio(found, n, "plain") for n in STEPS[1:]}
 
 
-def peak_of(args, what, rows, length, rank):
-    """(seconds of the second step, peak resident bytes) of a process that trains or scores and does nothing else."""
-    guard = load(args, lora_r=int(rank))
-    guard.use_fast_dtype()
-    ids = (encode(guard.tokenizer, PROMPT) * int(length))[: int(length)]
-    texts = [ids] * int(rows)
-    targets = torch.zeros(len(texts), 1 + len(guard.categories))
-    step = (
-        our_step(guard, texts, targets) if what == "train" else lambda batch: guard.score(texts, len(texts))
-    )
-    for _ in range(2):
-        started = time.perf_counter()
-        step(range(len(texts)))
-    # Not getrusage's, which begins with what the process that started this one had. VmHWM is in kB.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return time.perf_counter() - started, 1024 * int(status["VmHWM"].split()[0])
+@torch.no_grad()
+def measure_verdict(guard, full, length, rounds):
+    """A verdict on a conversation of so many tokens, and the next decode step of its chat."""
+    ids = (encode(guard.tokenizer, MESSAGES)[0] * length)[:length]
+    token = torch.tensor([ids[:1]])
+    cache = guard.chat_model.base_model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+    contestants = {
+        "decode step": lambda: guard.chat_model(input_ids=token, past_key_values=fork(cache)),
+        "activated": lambda: guard.judge(cache),
+        "full": lambda: full([ids]),
+    }
+    found = turns(f"verdicts on {length} tokens", contestants, rounds)
+    return {
+        f"milliseconds_{length}": {name: 1000 * median(times) for name, times in found.items()},
+        f"verdict_speedup_{length}": ratio(found, "full", "activated"),
+        f"verdict_over_decode_step_{length}": ratio(found, "activated", "decode step"),
+    }
 
 
-def measure_growth(args):
-    """{name: {"train" or "score": [(value, seconds, bytes), ...]}}, each of them in a process of its own."""
-    found = {}
-    for name, values in GROWTH.items():
-        for what in ("train", "score"):
-            for value in values:
-                shape = {"rows": 16, "length": 128, "rank": 16} | {name: value}
-                command = [sys.executable, __file__, args.model, "--peak-of", what, *map(str, shape.values())]
-                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                found.setdefault(name, {}).setdefault(what, []).append((value, *json.loads(output)))
+def measure_growth(model):
+    """{name: {"train" or "score": [(value, seconds, bytes), ...]}}, each point in a process of its own."""
+    found = {name: {} for name in GROWTH}
+    points = [(name, what, value) for name in GROWTH for what in ("train", "score") for value in GROWTH[name]]
+    for name, what, value in points:
+        print(f"measuring growth: {what} with {name} {value}", file=sys.stderr, flush=True)
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:  # a fork would start with our memory
+            point = process.submit(peak, model, what, **{name: value}).result()
+        found[name].setdefault(what, []).append((value, *point))
     return found
 
 
-def draw_growth(found, path):
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        2, len(found), figsize=(10, 5), layout="constrained", sharey="row", squeeze=False
-    )
-    for column, (name, measured) in enumerate(found.items()):
-        for what, points in measured.items():
-            values, seconds, peaks = zip(*points, strict=True)
-            axes[0, column].plot(values, seconds, marker="o", label=what)
-            axes[1, column].plot(values, [peak / 1e9 for peak in peaks], marker="o", label=what)
-        axes[0, column].set(ylim=0)
-        axes[1, column].set(ylim=0, xlabel={"rows": "rows", "length": "tokens a row", "rank": "rank"}[name])
-    axes[0, 0].set(ylabel="seconds")
-    axes[1, 0].set(ylabel="peak memory, GB")
-    axes[0, 0].legend()
-    figure.savefig(path, dpi=90)
-
-
-def draw(verdicts, path, caption):
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, marker in (("full", "s"), ("activated", "o"), ("decode step", "x")):
-        axes.plot(list(verdicts), [times[name] for times in verdicts.values()], marker=marker, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="tokens of the conversation", ylabel="ms", title=caption)
-    axes.set_xticks(list(verdicts), map(str, verdicts))
-    axes.legend()
-    figure.savefig(path, dpi=110)
-
-
-def main():
-    args = parse_arguments()
-    if args.peak_of:
-        return print(json.dumps(peak_of(args, *args.peak_of)))
-    if args.plot or args.plot_growth:
-        import matplotlib.pyplot  # noqa: F401  before all is measured in vain
-    rounds, lengths = (1, LENGTHS[:3]) if args.quick else (args.rounds, LENGTHS)
-    guard, full = load(args), load(args, guard_path="full")
-    guard.use_fast_dtype()
-    full.use_fast_dtype()
-    dtype = dtype_of(guard)
-    versions = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
-    result = {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "dtype": dtype,
-        "versions": versions,
-    }
-
-    if len(rows := evaluation_rows(args.dataset)[:512]) < SCORED:
-        raise UserError(f"there must be at least {SCORED} rows to measure with")
-    texts = [encode(guard.tokenizer, *conversation(row)) for row in rows]
-    targets = labels([row | {"category": None} for row in rows], guard.categories)
-    result |= {"rows": len(rows), "longest_row": max(map(len, texts))}
-    training, learnt = time_training(args, guard, texts, targets, rounds)
-    needed = operations(guard, [len(texts[row]) for row in learnt["ours"]], training=True)
-    result |= {
-        "limit_gflops": statistics.median(limits(training)) / 1e9,
-        "train_rows_per_second": len(learnt["ours"]) / statistics.median(training["ours"]),
-        "train_speedup": ratio(training, "peer", "ours") * len(learnt["ours"]) / len(learnt["peer"]),
-        "train_fraction_of_limit": fraction_of_limit(training, "ours", needed),
-    }
-
-    guard.eval()
-    some = [texts[row] for batch in sample(texts, SCORED) for row in batch]
-    scoring = turns({"score": lambda: guard.score(some)} | products(guard.chat_model.dtype), rounds)
-    result["score_tokens_per_second"] = sum(map(len, some)) / statistics.median(scoring["score"])
-    needed = operations(guard, map(len, some), training=False)
-    result["score_fraction_of_limit"] = fraction_of_limit(scoring, "score", needed)
-
-    result |= {f"logits_from_peft_{g.settings['guard_path']}": load_in_peft(args, g) for g in (guard, full)}
-    full.cast_for_use()
-    forward, difference = time_forward(args, full, some[-BATCH:], rounds)
-    result |= {"lora_over_peft": ratio(forward, "ours", "peer"), "logits_apart": difference}
-
-    # A chat is written in the dtype that its model is stored in, whatever training and scoring compute in, to which
-    # `full`, a pass over many tokens, keeps.
-    guard, (untouched, _) = load(args), load_chat_model(args.model)
-    guard.cast_for_use()
-    stream = time_stream(guard, untouched, rounds if args.quick else 5 * rounds)  # its ratios are near to 1
-    result |= {
-        "chat_dtype": dtype_of(guard),
-        "full_dtype": dtype_of(full),
-        "plain_seconds": statistics.median(stream["plain"]),
-        "off_over_plain": ratio(stream, "off", "plain"),
-        "stream_over_plain": ratio(stream, STEPS[0], "plain"),
-    }
-    result |= {f"stream_over_plain_every_{every}": ratio(stream, every, "plain") for every in STEPS[1:]}
-    verdicts = {length: time_verdicts(guard, full, length, rounds) for length in lengths}
-    for length, found in verdicts.items():
-        result[f"milliseconds_{length}"] = {name: 1000 * statistics.median(found[name]) for name in found}
-        result[f"verdict_speedup_{length}"] = ratio(found, "full", "activated")
-        result[f"verdict_over_decode_step_{length}"] = ratio(found, "activated", "decode step")
-    result["verdict_over_decode_step"] = max(
-        result[f"verdict_over_decode_step_{length}"] for length in lengths
-    )
-    if args.plot_growth:
-        result["growth"] = measure_growth(args)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name:32}", value if isinstance(value, (str, int, dict)) else f"{value:.3f}")
-    if args.plot_growth:
-        draw_growth(result["growth"], args.plot_growth)
-    if args.plot:
-        draw(
-            {length: result[f"milliseconds_{length}"] for length in lengths},
-            args.plot,
-            f"One verdict, {args.model} in {dtype_of(guard)}, {torch.get_num_threads()} CPU threads",
-        )
-
-
-def processor():
-    info = Path("/proc/cpuinfo")  # where there is none, platform knows more
-    names = (
-        [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
+def peak(model, what, rows=16, length=128, rank=16):
+    """(seconds of the second step, peak resident bytes) of a process that only trains or only scores."""
+    guard = load(model, "train", lora_r=rank)
+    texts = [(encode(guard.tokenizer, MESSAGES)[0] * length)[:length]] * rows
+    targets = torch.zeros(rows, guard.head.out_features)
+    optimizer = torch.optim.AdamW(guard.parameters())
+    for _ in range(2):
+        started = time.perf_counter()
+        learn(guard.train(), optimizer, texts, targets) if what == "train" else guard.score(texts, rows)
+    # Not from getrusage, which starts at the peak of the process that started this one. VmHWM is in kB.
+    peak_kb = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    return time.perf_counter() - started, 1024 * peak_kb
 
 
 if __name__ == "__main__":

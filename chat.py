@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
-from common import UserError, one_line
+from common import explain, refuse
 
 TOKENIZER_LOCK = threading.Lock()
 
@@ -46,16 +46,14 @@ def render(tokenizer, messages, **options):
     visible = [mark if skip else m for m, mark, skip in zip(messages, marked, exempt, strict=True)]
     # Every added token counts, because a template may build one from parts. Runs of spaces are text (Gemma).
     control = {t: n for t, n in tokenizer.get_added_vocab().items() if t.replace("\u2581", " ").strip()}
-    try:
+    with explain("the chat template cannot write this conversation"), TOKENIZER_LOCK:
         shown = tokenizer.apply_chat_template(visible, tokenize=False, **options)
         skeleton = tokenizer.apply_chat_template(marked, tokenize=False, **options)
-        with TOKENIZER_LOCK:  # sanitizing switches how the tokenizer treats control tokens, for all threads
-            tokenizer.chat_control_tokens = list(control)
-            options |= {"sanitize_control_tokens": True, "return_dict": False}
-            ids = tokenizer.apply_chat_template(messages, **options)
-            skeleton_ids = tokenizer(skeleton, add_special_tokens=False).input_ids
-    except Exception as error:  # a chat template is a program, and raises what it likes
-        raise UserError(f"the chat template cannot write this conversation: {one_line(error)}") from error
+        # Sanitizing switches how the tokenizer treats control tokens, for all threads.
+        tokenizer.chat_control_tokens = list(control)
+        options |= {"sanitize_control_tokens": True, "return_dict": False}
+        ids = tokenizer.apply_chat_template(messages, **options)
+        skeleton_ids = tokenizer(skeleton, add_special_tokens=False).input_ids
     check_shown(shown, skeleton, visible, exempt)
     check_control_tokens(ids, skeleton_ids, set(control.values()))
     return ids
@@ -63,18 +61,18 @@ def render(tokenizer, messages, **options):
 
 def check_shown(shown, skeleton, messages, exempt):
     """Raise UserError if the template drops part of a text, which the guard would then not see."""
-    filled = re.sub("mark([0-9]+)mark", lambda mark: messages[int(mark[1])]["content"], skeleton)
     needed = [n for n, m in enumerate(messages) if m["content"].strip() and not exempt[n]]
-    if any(f"mark{n}mark" not in skeleton for n in needed) or "".join(shown.split()) != "".join(
+    filled = re.sub("mark([0-9]+)mark", lambda mark: messages[int(mark[1])]["content"], skeleton)
+    dropped = any(f"mark{n}mark" not in skeleton for n in needed) or "".join(shown.split()) != "".join(
         filled.split()
-    ):
-        raise UserError("the chat template leaves out a part of this conversation, unseen by the guard")
+    )
+    refuse(dropped, "the chat template leaves out a part of this conversation, unseen by the guard")
 
 
 def check_control_tokens(ids, skeleton_ids, control):
     """Raise UserError if a text became a control token, as some tokenizers' normalisers can cause."""
-    if [n for n in ids if n in control] != [n for n in skeleton_ids if n in control]:
-        raise UserError("a text of this conversation would become a control token of the chat template")
+    changed = [n for n in ids if n in control] != [n for n in skeleton_ids if n in control]
+    refuse(changed, "a text of this conversation would become a control token of the chat template")
 
 
 @dataclass
@@ -88,12 +86,13 @@ class Past:
         """Go back to what this has in common with `ids`. A cache that cannot be cropped starts anew."""
         shorter = min(len(self.ids), len(ids) - 1)  # the last token is always read: its logits are needed
         common = next((n for n in range(shorter) if self.ids[n] != ids[n]), shorter)
-        shrinks = common < len(self.ids)
+        kept, self.ids = self.ids, []  # so an interrupted crop leaves nothing to go on from
+        shrinks = common < len(kept)
         if not common or (shrinks and any(type(layer) is not DynamicLayer for layer in self.cache.layers)):
             self.cache, common = DynamicCache(config=config.get_text_config(decoder=True)), 0
         elif shrinks:
-            self.cache.crop(common)
-        self.ids = self.ids[:common]
+            self.cache.crop(common - len(kept))  # a negative number of tokens to remove
+        self.ids = kept[:common]
 
 
 @torch.no_grad()
@@ -101,10 +100,11 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
     """Transformers' sampling loop as a generator: yield (answer ids, done) for every token.
 
     A token enters the cache when the next one is computed. The answer that is yielded is in the cache.
-    Raises UserError for beams and assistants.
+    Raises UserError for beams.
     """
-    if generation_config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UserError("a streamed answer is written token by token, without beams or an assistant")
+    modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    by_token = len(input_ids) == 1 and generation_config.get_generation_mode() in modes
+    refuse(not by_token, "a streamed answer is one, token by token, without beams or an assistant")
     ends = generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     keep = {name: n for name, n in inputs.items() if name == "logits_to_keep"}  # where the model knows it
@@ -114,12 +114,15 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
         past.ids = []  # so an interrupted pass leaves nothing to go on from
         output = chat_model(new, past_key_values=past.cache, use_cache=True, **keep)
         past.ids = ids[0].tolist()
+        if stopped:
+            yield past.ids[input_ids.shape[1] :], True
+            return
         scores = logits_processor(ids, output.logits[:, -1].float())  # (1, vocabulary)
         if generation_config.do_sample:
             token = torch.multinomial(scores.softmax(-1), 1)  # (1, 1)
         else:
             token = scores.argmax(-1, keepdim=True)
-        done = stopped or token.item() in ends
+        done = token.item() in ends
         yield past.ids[input_ids.shape[1] :], done
         if done:
             return
@@ -131,15 +134,13 @@ def fork(cache):
     """A cache that starts with the same tensors and grows alone, so the original stays whole.
 
     Cropping the guard's tokens off again would not do: a sliding-window layer drops old tokens.
-    Raises ValueError for other kinds of cache.
+    Raises UserError for other kinds of cache.
     """
+    layers = cache.layers if cache is not None else [None]
+    odd = {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    refuse(odd, f"the activated path cannot use a {', '.join(odd)}; train with --guard-path full")
     forked = copy.copy(cache)
-    forked.layers = [copy.copy(layer) for layer in cache.layers] if cache is not None else [None]
-    for layer in forked.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(
-                f"the activated path cannot use a {type(layer).__name__}; train with --guard-path full"
-            )
+    forked.layers = [copy.copy(layer) for layer in layers]
     return forked
 
 

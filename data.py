@@ -19,7 +19,7 @@ import datasets
 import torch
 
 from chat import encode
-from common import UserError, one_line
+from common import UserError, explain, refuse
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
 HUB_CONFIGS = {"lmsys/toxic-chat": "toxicchat0124"}  # which config to load from a data set that has several
@@ -28,9 +28,7 @@ SPLITS = ("train", "validation", "test")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 WINDOW = 192  # tokens, as long as most training rows: in longer windows a harmful passage goes unnoticed
 
-
-# ---------------------------------------------------------------------------
-# Reading
+# ---------------------------------------------------------------- reading
 
 
 def read_rows(sources):
@@ -42,12 +40,23 @@ def read_rows(sources):
     files = [file for path in paths for file in folders.get(path, [path])]
     if files and all(file.suffix in SUFFIXES for file in files):
         parts = ((str(file), file.name, read_file(file)) for file in files)
-    elif len(sources) > 1 or paths[0].exists():
-        raise UserError(f"{' '.join(map(str, sources))}: give one hub id, or {', '.join(SUFFIXES)} files")
     else:
+        unknown = len(sources) > 1 or paths[0].exists()
+        refuse(unknown, f"{' '.join(map(str, sources))}: give one hub id, or {', '.join(SUFFIXES)} files")
         parts = read_hub(sources[0])
-    for name, split, rows in parts:
-        yield name, split_of(split), [check_row(row, f"{name}, row {n}") for n, row in enumerate(rows, 1)]
+    words = {"train": "train", "test": "test", "val": "validation", "dev": "validation"}
+    for name, part, rows in parts:
+        split = next((words[word] for word in words if word in part.lower()), "train")
+        yield name, split, [check_row(row, f"{name}, row {n}") for n, row in enumerate(rows, 1)]
+
+
+def evaluation_rows(sources):
+    """(checked rows, names) of all files, or of a hub id's test split if it has one."""
+    parts = list(read_rows(sources))
+    is_hub = not Path(sources[0]).exists() and any(split == "test" for _, split, _ in parts)
+    rows = [row for _, split, part in parts for row in part if split == "test" or not is_hub]
+    refuse(not rows, f"{' '.join(map(str, sources))}: there are no rows to evaluate on")
+    return rows, [name for name, _, _ in parts]
 
 
 def read_file(path):
@@ -56,19 +65,16 @@ def read_file(path):
     # CSV is read as text, so no column's type is guessed and "None" stays a word.
     text = dict.fromkeys(("prompt", "response", "category", "is_safe", "user_input"), str)
     options = {"converters": text, "keep_default_na": False} if path.suffix == ".csv" else {}
-    try:
-        rows = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train", **options)
-    except Exception as error:  # the readers share no narrower class
-        raise UserError(f"cannot read {path}: {one_line(error.__cause__ or error)}") from error
-    return rows.to_list()
+    with explain(f"cannot read {path}"):
+        return datasets.load_dataset(
+            path.suffix[1:], data_files=str(path), split="train", **options
+        ).to_list()
 
 
 def read_hub(name):
-    try:
+    advice = "without a network give JSONL, CSV or Parquet files: --dataset train.jsonl test.jsonl"
+    with explain(f"cannot load the data set {name!r}; {advice}"):
         splits = datasets.load_dataset(name, HUB_CONFIGS.get(name))
-    except Exception as error:  # hub, network and format errors share no narrower class
-        advice = "without a network give JSONL, CSV or Parquet files: --dataset train.jsonl test.jsonl"
-        raise UserError(f"cannot load the data set {name!r} ({one_line(error)[:200]}); {advice}") from error
     # BeaverTails comes in two sizes; the paper's is the 30k one.
     return [
         (f"{name} {split}", split, rows.to_list()) for split, rows in splits.items() if "330k" not in split
@@ -77,44 +83,33 @@ def read_hub(name):
 
 def read_jsonl(path):
     """Yield (line number, row). Raises UserError with the number of a bad line."""
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number} is not JSON in UTF-8: {one_line(error)}") from error
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                with explain(f"{path}, line {number} is not JSON in UTF-8", (ValueError, RecursionError)):
+                    row = json.loads(line.decode("utf-8-sig"))
+                yield number, row
 
 
-def split_of(name):
-    """Which split a file or hub split is, by its name. It is training unless the name says otherwise."""
-    words = (("train", "train"), ("test", "test"), ("val", "validation"), ("dev", "validation"))
-    return next((split for word, split in words if word in name.lower()), "train")
-
-
-# ---------------------------------------------------------------------------
-# Checking
+# ---------------------------------------------------------------- checking
 
 
 def check_row(row, where):
     """A row with a `category` and `is_safe`. Raises UserError, which names the place, for wrong values."""
-    conversation(row := from_known_columns(row, where), where)
+    row = from_known_columns(row, where)
+    conversation(row, where)
     category, is_safe = row.get("category") or None, row.get("is_safe")
     if isinstance(category, str):  # CSV has no nested columns
-        try:
+        with explain(f"{where}: `category` must be JSON"):
             category = json.loads(category)
-        except json.JSONDecodeError:
-            category = [category]
-    if not isinstance(category, dict | None) or any(
-        v not in (True, False) for v in (category or {}).values()
-    ):
-        raise UserError(f"{where}: `category` must be an object of name: true or false")
+    known = isinstance(category, dict | None) and all(v in (True, False) for v in (category or {}).values())
+    refuse(not known, f"{where}: `category` must be an object of name: true or false")
     if isinstance(is_safe, str):
         is_safe = {"true": True, "false": False, "": None}.get(is_safe.lower(), is_safe)
     if is_safe is None and category:
         is_safe = not any(category.values())
-    if is_safe not in (True, False):
-        raise UserError(f"{where}: a row needs `is_safe`, true or false, or a `category` to take it from")
+    unknown = is_safe not in (True, False)
+    refuse(unknown, f"{where}: a row needs `is_safe`, true or false, or a `category` to take it from")
     return row | {"category": category, "is_safe": bool(is_safe)}
 
 
@@ -122,14 +117,12 @@ def from_known_columns(row, where):
     """A row of ToxicChat (arXiv 2310.17389) or of OpenAI's moderation set with our fields added."""
     if not isinstance(row, dict) or "is_safe" in row or "category" in row:
         return row
+    names = [name for name in OPENAI_LABELS if name in row]
     if "user_input" in row and "toxicity" in row:
         row, names = row | {"prompt": row["user_input"]}, ["toxicity"]
-    elif not (names := [name for name in OPENAI_LABELS if name in row]):
-        return row
     known = {str(row[name]).removesuffix(".0") for name in names} - {"", "None", "nan"}  # missing: unknown
-    if not known or known - {"0", "1"}:
-        raise UserError(f"{where}: {', '.join(names)} must be 0 or 1")
-    return row | {"is_safe": "1" not in known}
+    refuse(names and (not known or known - {"0", "1"}), f"{where}: {', '.join(names)} must be 0 or 1")
+    return row | {"is_safe": "1" not in known} if names else row
 
 
 def conversation(row, where="a row"):
@@ -139,35 +132,40 @@ def conversation(row, where="a row"):
     """
     row = row if isinstance(row, dict) else {}
     texts = [("user", row.get("prompt")), ("assistant", row.get("response"))]
-    messages = [{"role": role, "content": text} for role, text in texts if text is not None]
-    if row.get("messages") is not None:
-        last, messages = messages, row["messages"]
+    last = [{"role": role, "content": text} for role, text in texts if text is not None]
+    messages, extra = row.get("messages"), set()
+    messages = last if messages is None else messages
     try:
         # The guard would not see other fields, such as tool_calls. Parquet fills absent ones with null.
-        others = {name for m in messages for name in m if m[name] is not None} - {"role", "content"}
+        extra = {name for m in messages for name in m if m[name] is not None} - {"role", "content"}
         messages = [{"role": m["role"], "content": m["content"] + ""} for m in messages]
-        roles = [m["role"] for m in messages if m is not messages[0] or m["role"] != "system"]
-        joined = "".join(m["content"] for m in messages)
     except (TypeError, LookupError):
-        others, roles, joined = (), [], ""
-    if others:
-        raise UserError(
-            f"{where}: a message has role and content only, not {', '.join(sorted(map(str, others)))}"
-        )
-    if not roles or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
-        raise UserError(
-            f"{where}: a row needs a `prompt` and perhaps a `response` that are text, or `messages` "
-            "[{role, content}, ...]: perhaps a system message, then user and assistant in turn"
-        )
-    if row.get("messages") is not None and last and last != messages[-len(last) :]:
-        raise UserError(f"{where}: `prompt` and `response` differ from the last turn of `messages`")
-    if re.search("[\ud800-\udfff]", joined):
-        raise UserError(f"{where}: half of a surrogate pair is not text")
+        messages = []
+    refuse(extra, f"{where}: a message has role and content only, not {', '.join(sorted(map(str, extra)))}")
+    roles = [m["role"] for m in messages if m is not messages[0] or m["role"] != "system"]
+    fits = roles and roles == (["user", "assistant"] * len(roles))[: len(roles)]
+    form = (
+        "`messages` [{role, content}, ...]: a system message if there is one, then user and assistant in turn"
+    )
+    refuse(not fits, f"{where}: a row needs text as `prompt` and, if it has one, `response`, or {form}")
+    other = [m for m in last if m["content"] and m not in messages[-2:]]
+    refuse(other, f"{where}: `prompt` and `response` are not the last turn of `messages`")
+    texts = "".join(m["content"] for m in messages)
+    refuse(re.search("[\ud800-\udfff]", texts), f"{where}: half of a surrogate pair is not text")
     return messages if roles[-1] == "user" or messages[-1]["content"].strip() else messages[:-1]
 
 
-# ---------------------------------------------------------------------------
-# Splits, labels, updates
+def encode_row(tokenizer, row, where=None):
+    """encode() of a row -> (ids, start). Raises UserError, which names the place or the last text."""
+    messages = conversation(row, where or "a row")
+    try:
+        return encode(tokenizer, messages)
+    except UserError as error:
+        where = where or f"the row that ends with {messages[-1]['content'][:60]!r}"
+        raise UserError(f"{where}: {error}") from error
+
+
+# ---------------------------------------------------------------- splits, labels, updates
 
 
 def load_splits(sources):
@@ -179,12 +177,11 @@ def load_splits(sources):
     """
     given, names = {}, []
     for name, split, rows in read_rows(sources):
-        if not rows:
-            raise UserError(f"{name} has no rows")
+        refuse(not rows, f"{name} has no rows")
         for n, row in enumerate(rows, 1):
             names = names or list(row["category"] or [])
-            if row["category"] is not None and (odd := sorted(set(names) ^ set(row["category"]))):
-                raise UserError(f"{name}, row {n}: these categories are not in every row: {', '.join(odd)}")
+            odd = sorted(set(names) ^ set(row["category"])) if row["category"] else []
+            refuse(odd, f"{name}, row {n}: these categories are not in every row: {', '.join(odd)}")
         given.setdefault(split, []).extend(rows)
     splits, taken = {split: [] for split in SPLITS}, set()
     missing = [split for split in SPLITS if split not in given]
@@ -197,10 +194,10 @@ def load_splits(sources):
             tenth = tenth_of(row)
             splits[missing[tenth] if split == "train" and tenth < len(missing) else split].append(row)
     for split in ("train", "validation"):
-        if len({row["is_safe"] for row in splits[split]}) < 2:
-            raise UserError(
-                f"the {split} split has {len(splits[split])} rows, and needs safe and unsafe ones"
-            )
+        kinds = {row["is_safe"] for row in splits[split]}
+        refuse(
+            len(kinds) < 2, f"the {split} split has {len(splits[split])} rows, and needs safe and unsafe ones"
+        )
     return splits, names
 
 
@@ -250,13 +247,3 @@ def split_windows(ids, context):
         return [ids]
     size = min(context, WINDOW)
     return [ids[start : start + size] for start in range(0, len(ids) - size // 2, size - size // 2)]
-
-
-def encode_row(tokenizer, row, where=None):
-    """encode() of a row. Raises UserError, which names the place or the prompt."""
-    messages = conversation(row, where or "a row")
-    try:
-        return encode(tokenizer, messages)
-    except UserError as error:
-        where = where or f"the row that ends with {messages[-1]['content'][:60]!r}"
-        raise UserError(f"{where}: {error}") from error

@@ -8,59 +8,42 @@ import numpy as np
 from accelerate import Accelerator
 
 from checkpoint import load_guard, use_fast_dtype
-from common import UserError, add_guard_arguments, one_line, run, write_whole
-from data import encode_row, prompt_key, read_rows
+from common import add_guard_arguments, one_line, refuse, run, to_json, write_whole
+from data import encode_row, evaluation_rows, prompt_key
 from metrics import average_precision, evaluation
 
 
-def parse_arguments():
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    add_guard_arguments(parser)
-    add = parser.add_argument
-    sets = "PKU-Alignment/BeaverTails, lmsys/toxic-chat, or files in our columns, ToxicChat's or OpenAI's"
-    add("--dataset", nargs="+", required=True, help=sets)
-    add(
-        "--running",
-        type=int,
-        metavar="N",
-        help="also judge each answer after every N tokens, as while it streams",
-    )
+    add = add_guard_arguments(parser)
+    add("--dataset", nargs="+", required=True, help="hub id, or files: our columns, ToxicChat's or OpenAI's")
+    add("--running", type=int, metavar="N", help="also judge each answer after every N tokens")
     add("--json", action="store_true", help="print one JSON object")
     add("--scores", type=Path, metavar="FILE.jsonl", help="keep the rows with their verdicts")
     add("--plot", metavar="FILE.png", help="draw precision over recall, the scores by class, and reliability")
     args = parser.parse_args()
     if args.running is not None and args.running < 1:
         parser.error("--running must be at least 1")
-    return args
-
-
-def main():
-    args = parse_arguments()
-    if Accelerator().num_processes > 1:
-        raise UserError("an evaluation runs in one process")
-    parts = list(read_rows(args.dataset))
-    is_hub = not Path(args.dataset[0]).exists()
-    rows = [row for _, split, part in parts for row in part if split == "test" or not is_hub]
-    if not rows:
-        raise UserError(f"{' '.join(args.dataset)}: there are no rows to evaluate on")
-    if args.scores and any(args.scores.exists() and args.scores.samefile(path) for path in args.dataset):
-        raise UserError(f"writing {args.scores} would destroy the rows; name another file for --scores")
+    refuse(Accelerator().num_processes > 1, "an evaluation runs in one process")
+    rows, names = evaluation_rows(args.dataset)
+    overwrites = args.scores and args.scores.resolve() in [Path(name).resolve() for name in names]
+    refuse(overwrites, f"writing {args.scores} would destroy the rows; name another file for --scores")
     guard = load_guard(args.config, args.adapter, args.device_id, args.threshold)
     use_fast_dtype(guard)
-    encoded = [encode_row(guard.tokenizer, row) for row in rows]
-    logits = guard.score([ids for ids, _ in encoded])  # (N, 1 + K)
-    verdicts = [guard.verdict(z, len(ids) - start) for z, (ids, start) in zip(logits, encoded, strict=True)]
-    scores = np.nan_to_num(logits.double().sigmoid().numpy(), nan=1.0)  # NaN is flagged
+    verdicts = guard.classify(rows)
+    scores = np.array([[v.unsafe, *v.categories.values()] for v in verdicts])  # (N, 1 + K)
+    scores = np.nan_to_num(scores, nan=1.0)  # NaN is flagged
     unsafe = np.array([not row["is_safe"] for row in rows])
-    answered = np.array([start < len(ids) for ids, start in encoded])
-    result = measure(guard.config, rows, answered, unsafe, scores)
+    result = measure(guard.config, rows, np.array([v.tokens > 0 for v in verdicts]), unsafe, scores)
     if args.running:
-        answers = running_scores(guard, [pair for pair in encoded if pair[1] < len(pair[0])], args.running)
-        result["running"] = running_metrics(unsafe[answered], answers, guard.config.threshold)
-    result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # NaN is not JSON
-    print(json.dumps(result) if args.json else table(result), flush=True)
+        pairs = [(row, label) for row, label, v in zip(rows, unsafe, verdicts, strict=True) if v.tokens]
+        encoded = [encode_row(guard.tokenizer, row) for row, _ in pairs]
+        answers = running_scores(guard, encoded, args.running)
+        result["running"] = running_metrics([label for _, label in pairs], answers, guard.config.threshold)
+    result = to_json(result)
+    print(result if args.json else table(json.loads(result)), flush=True)
     if args.scores:
-        lines = (json.dumps(row | v.fields()) + "\n" for row, v in zip(rows, verdicts, strict=True))
+        lines = (to_json(row | verdict.fields()) + "\n" for row, verdict in zip(rows, verdicts, strict=True))
         write_whole(args.scores, "".join(lines).encode())
     if args.plot:
         from experiments.plots import plot_evaluation
@@ -71,17 +54,15 @@ def main():
 def measure(config, rows, answered, unsafe, scores):
     """The figures of probabilities (N, 1 + K) on N rows with labels `unsafe`. unsafe, answered: bool (N,)."""
     flag_from = np.where(answered, config.threshold, config.prompt_threshold)
-    numbers = {}
-    prompts = np.array([numbers.setdefault(prompt_key(row), len(numbers)) for row in rows])
     result = {"rows": len(rows), "positives": int(unsafe.sum())}
     result |= {"threshold": config.threshold, "prompt_threshold": config.prompt_threshold}
     result |= evaluation(unsafe, scores[:, 0], flag_from)
     if (~unsafe).sum() < 100:  # one false positive alone is more than 1 %
         result["tpr_at_1_percent_fpr"] = float("nan")
+    numbers = {}
+    prompts = np.array([numbers.setdefault(prompt_key(row), len(numbers)) for row in rows])
     intervals = bootstrap(unsafe, scores[:, 0], flag_from, prompts)
-    result["intervals"] = {
-        name: interval for name, interval in intervals.items() if result[name] == result[name]
-    }
+    result["intervals"] = {name: pair for name, pair in intervals.items() if result[name] == result[name]}
     return result | category_metrics(config.categories, [row["category"] or {} for row in rows], scores)
 
 
@@ -112,19 +93,19 @@ def running_scores(guard, encoded, every):
 
 def running_metrics(labels, answers, threshold):
     """What running verdicts add to the one on the whole answer. labels: (N,); answers: of running_scores."""
-    flags = [[tokens for tokens, score in answer if score >= threshold] for answer in answers]
-    lengths = [answer[-1][0] for answer in answers]
-    rows = list(zip(labels, flags, lengths, strict=True))
-    flagged = [(cuts[0], length) for _, cuts, length in rows if length in cuts]
-    passed = [cuts for label, cuts, length in rows if length not in cuts and not label]
+    first, cut = [], []  # of flagged answers where, as a share and in tokens; of other safe ones whether
+    for label, answer in zip(labels, answers, strict=True):
+        flags = [tokens for tokens, score in answer if score >= threshold]
+        if answer[-1][0] in flags:
+            first.append((flags[0] <= answer[-1][0] / 2, flags[0]))
+        elif not label:
+            cut.append(bool(flags))
     return {
-        "flagged": len(flagged),
-        "flagged_by_half": float(np.mean([first <= length / 2 for first, length in flagged]))
-        if flagged
-        else None,
-        "median_token_of_first_flag": float(np.median([first for first, _ in flagged])) if flagged else None,
-        "safe_and_not_flagged": len(passed),
-        "of_these_cut_on_the_way": float(np.mean([bool(cuts) for cuts in passed])) if passed else None,
+        "flagged": len(first),
+        "flagged_by_half": float(np.mean([half for half, _ in first])) if first else None,
+        "median_token_of_first_flag": float(np.median([tokens for _, tokens in first])) if first else None,
+        "safe_and_not_flagged": len(cut),
+        "of_these_cut_on_the_way": float(np.mean(cut)) if cut else None,
     }
 
 
@@ -143,18 +124,17 @@ def category_metrics(names, categories, scores):
 
 def table(result):
     """The figures with their intervals, a line each."""
-    intervals, random = result["intervals"], result["positives"] / result["rows"]
     figures = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
     figures |= result.get("running", {})
     for name, found in result["categories"].items():
         figures[f"AP of {name} ({found['positives']} positives)"] = found["ap"]
+    notes = {name: "{:.3f} to {:.3f}".format(*pair) for name, pair in result["intervals"].items()}
+    random = f"  (a random scorer: {result['positives'] / result['rows']:.3f})"
+    notes["auprc"] = notes.get("auprc", "") + random
     lines = []
     for name, value in figures.items():
         value = "-" if value is None else value if isinstance(value, int) else f"{value:.3f}"
-        interval = "  {:.3f} to {:.3f}".format(*intervals[name]) if name in intervals else ""
-        lines.append(
-            f"{name:50} {value:>6}{interval}" + f"  (a random scorer: {random:.3f})" * (name == "auprc")
-        )
+        lines.append(f"{name:50} {value:>6}  {notes.get(name, '')}")
     if unknown := result["unknown_categories"]:
         lines.append(f"categories that the guard does not know: {', '.join(unknown)}")
     return "\n".join(one_line(line) for line in lines)

@@ -21,8 +21,7 @@ def average_precision(labels, scores):
     if not labels.any():
         return float("nan")
     _, positives, flagged = curve(labels, scores)
-    recall = positives / labels.sum()
-    return float(np.sum(np.diff(recall, prepend=0) * positives / flagged))
+    return float(np.sum(np.diff(positives / labels.sum(), prepend=0) * positives / flagged))
 
 
 def auroc(labels, scores):
@@ -90,10 +89,10 @@ def evaluation(labels, scores, threshold):
 
 def fit_temperature(labels, logits):
     """The T that makes sigmoid(logits / T) likeliest, to 1 % (Guo et al., arXiv 1706.04599, section 4.2)."""
-    logits = logits.astype(np.float64)
 
     def loss(temperature):
-        return (np.logaddexp(0, logits / temperature) - labels * logits / temperature).sum()
+        z = logits.astype(np.float64) / temperature
+        return (np.logaddexp(0, z) - labels * z).sum()
 
     return float(min(np.geomspace(0.05, 20, 603), key=loss))
 
@@ -101,9 +100,8 @@ def fit_temperature(labels, logits):
 def calibrate(logits, labels, pos_weight):
     """(shift, temperature), each (outputs,): sigmoid((z - shift) / temperature) is a probability.
 
-    logits, labels: (N, outputs), NaN where unknown. pos_weight: (outputs,). pos_weight adds its logarithm to
-    the best logit, which is taken off. One temperature for unsafe and one for all categories correct
-    over-confidence.
+    logits, labels: (N, outputs), NaN where unknown; pos_weight: (outputs,). It adds its log to the best
+    logit, which is taken off. One temperature for unsafe and one for the categories correct over-confidence.
     """
     shift = np.log(np.maximum(pos_weight, 1e-3))
     temperature = np.ones_like(shift)
@@ -115,23 +113,21 @@ def calibrate(logits, labels, pos_weight):
     return shift, temperature
 
 
+def unsafe_score(logits, calibration, unsafe_head):
+    """Unsafe probabilities (N,) of logits (N, 1 + K). Without an unsafe head, of the likeliest category."""
+    shift, temperature = calibration
+    z = (logits.astype(np.float64) - shift) / temperature
+    return 1 / (1 + np.exp(-(z[:, 0] if unsafe_head else z[:, 1:].max(1))))
+
+
 def choose_thresholds(labels, scores, answered, prompt_fpr, max_fpr):
     """(for prompts, for answers): at most prompt_fpr and the best F1, or max_fpr for both.
 
     answered: bool (N,). Without safe and unsafe prompts to learn it from, no prompt is flagged.
     """
-    both = [len(np.unique(labels[rows])) == 2 for rows in (~answered, answered)]
-    rows = answered if both[1] else slice(None)
-    if max_fpr is None:
-        answer = best_threshold(labels[rows], scores[rows])
-    else:
-        answer = threshold_at_fpr(labels[rows], scores[rows], max_fpr)[0]
-    limit = prompt_fpr if max_fpr is None else max_fpr
-    return threshold_at_fpr(labels[~answered], scores[~answered], limit)[0] if both[0] else 2.0, answer
-
-
-def unsafe_score(logits, calibration, unsafe_head):
-    """Unsafe probabilities (N,) of logits (N, 1 + K). Without that output the likeliest category counts."""
-    shift, temperature = calibration
-    z = (logits.astype(np.float64) - shift) / temperature
-    return 1 / (1 + np.exp(-(z[:, 0] if unsafe_head else z[:, 1:].max(1))))
+    prompt, answer = ((labels[rows], scores[rows]) for rows in (~answered, answered))
+    answer = answer if len(np.unique(answer[0])) == 2 else (labels, scores)
+    threshold = best_threshold(*answer) if max_fpr is None else threshold_at_fpr(*answer, max_fpr)[0]
+    if len(np.unique(prompt[0])) < 2:
+        return 2.0, threshold
+    return threshold_at_fpr(*prompt, prompt_fpr if max_fpr is None else max_fpr)[0], threshold

@@ -22,13 +22,14 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from chat import Past, context_length, decode, fork, make_contiguous
+from common import refuse
 from data import encode_row, split_windows
 from lora import LoRALinear, inject_lora
 
 
 @dataclass
 class GuardConfig:
-    """What defines a guard besides its weights. Raises ValueError for values that make no sense."""
+    """What defines a guard besides its weights. Raises UserError for values that make no sense."""
 
     categories: list[str] = field(default_factory=list)  # in the order of the head's outputs
     guard_path: str = "activated"  # or "full"
@@ -44,16 +45,16 @@ class GuardConfig:
 
     def __post_init__(self):
         names = self.categories
-        if self.guard_path not in ("activated", "full"):
-            raise ValueError(f"the guard path must be activated or full, not {self.guard_path!r}")
-        if not (self.lora_r >= 1 and 0 < self.lora_alpha < math.inf and 0 <= self.lora_dropout < 1):
-            raise ValueError("LoRA needs r of at least 1, a finite alpha above 0 and a dropout in [0, 1)")
-        if not isinstance(names, list) or any(type(n) is not str or names.count(n) > 1 for n in names):
-            raise ValueError("the categories must be a list of different names")
-        if not (self.unsafe_head or names):
-            raise ValueError("a guard without the unsafe output needs rows with categories")
-        if math.isnan(self.threshold) or math.isnan(self.prompt_threshold):
-            raise ValueError("a threshold must be a number, or nothing would ever be flagged")
+        different = isinstance(names, list) and all(type(n) is str and names.count(n) == 1 for n in names)
+        lora = self.lora_r >= 1 and 0 < self.lora_alpha < math.inf and 0 <= self.lora_dropout < 1
+        path = self.guard_path in ("activated", "full") and isinstance(self.guard_prompt, str)
+        refuse(not path, "the guard path must be activated or full, and the guard prompt text")
+        refuse(not lora, "LoRA needs r of at least 1, a finite alpha above 0 and a dropout in [0, 1)")
+        refuse(not different, "the categories must be a list of different names")
+        refuse(
+            not (self.unsafe_head or names), "a guard without the unsafe output needs rows with categories"
+        )
+        refuse(math.isnan(self.threshold + self.prompt_threshold), "a threshold must be a number")
 
 
 class Verdict(NamedTuple):
@@ -73,13 +74,13 @@ class GuardedChat(nn.Module):
     """A chat model with LoRA layers inside and a guard head on top. Everything else is frozen.
 
     chat_model, tokenizer: a transformers causal language model and its tokenizer, with a chat template.
-    Raises ValueError for a model that cannot be guarded.
+    Raises UserError for a model that cannot be guarded.
     """
 
     def __init__(self, chat_model, tokenizer, config):
         super().__init__()
-        if chat_model.base_model is chat_model:
-            raise ValueError(f"a {type(chat_model).__name__} has no base model below its language-model head")
+        headless = chat_model.base_model is chat_model
+        refuse(headless, f"a {type(chat_model).__name__} has no base model below a language-model head")
         self.chat_model, self.tokenizer, self.config = chat_model, tokenizer, config
         lora = (config.lora_targets, config.lora_r, config.lora_alpha, config.lora_dropout)
         self.gate = inject_lora(chat_model, *lora, within=chat_model.base_model_prefix)
@@ -93,8 +94,8 @@ class GuardedChat(nn.Module):
         ids = torch.tensor([question], dtype=torch.long)  # (1, M)
         self.register_buffer("guard_prompt_ids", ids, persistent=False)
         self.max_tokens = context_length(chat_model.config.get_text_config()) - len(question)
-        if self.max_tokens < 1 or not (self.is_full or question):
-            raise ValueError(f"a guard prompt of {len(question)} tokens does not fit this model's context")
+        misfit = self.max_tokens < 1 or not (self.is_full or question)
+        refuse(misfit, f"a guard prompt of {len(question)} tokens does not fit this model's context")
         self.eval()
 
     def forward(self, conversations, ends=None):
@@ -183,12 +184,16 @@ class GuardedChat(nn.Module):
         stops by leaving the loop.
         past: a chat's Past, if the next turn shall read only what is new.
         options: as for transformers' `generate`, whose tokens these are. Greedy by default.
-        Raises ValueError if the context has no room for max_new_tokens, and for beams and assistants.
+        Raises UserError if the context has no room for max_new_tokens, and for beams and assistants.
         """
-        if min(max_new_tokens, verdict_every) < 1:
-            raise ValueError("max_new_tokens and verdict_every must be at least 1")
-        if len(ids) + max_new_tokens > self.max_tokens:
-            raise ValueError(f"the context has no room for {len(ids)} tokens and {max_new_tokens} more")
+        refuse(min(max_new_tokens, verdict_every) < 1, "max_new_tokens and verdict_every must be at least 1")
+        room = self.max_tokens - len(ids)
+        refuse(room < max_new_tokens, f"the context has room for {room} more tokens, not {max_new_tokens}")
+        given = self.chat_model.generation_config.to_dict() | options
+        odd = [
+            name for name in ("assistant_model", "stop_strings", "streamer") if given.get(name) is not None
+        ]
+        refuse(odd, f"stream takes no {', '.join(odd)}: leave the loop, or give stopping_criteria")
         self.eval()
         past = Past() if past is None else past
         past.rewind(ids, self.chat_model.config)

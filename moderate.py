@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from chat import Past, encode
 from checkpoint import load_guard, use_fast_dtype
-from common import UserError, add_guard_arguments, one_line, printable, run
+from common import UserError, add_guard_arguments, one_line, printable, refuse, run, to_json
 from data import encode_row, read_jsonl
 from model import Verdict
 
@@ -28,8 +28,7 @@ EXAMPLES = [
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
-    add_guard_arguments(parser)
-    add = parser.add_argument
+    add = add_guard_arguments(parser)
     add("--prompt", help="one turn: judge this prompt, answer it, judge the answer")
     add("--response", help="with --prompt: judge this answer instead of writing one")
     add("--input", type=Path, help="JSONL file of rows with prompt and perhaps response; needs --output")
@@ -40,21 +39,17 @@ def parse_arguments():
     add("--temperature", type=float, help="sample the answer; without this or --top-p it is greedy")
     add("--top-p", type=float, help="sample from the likeliest tokens that have this probability together")
     args = parser.parse_args()
-    mistakes = {
-        "--input and --output go together": (args.input is None) != (args.output is None),
-        "give either --prompt or --input": args.input and args.prompt is not None,
-        "--response needs a --prompt": args.response is not None and args.prompt is None,
-        "the prompt is empty": args.prompt is not None and not args.prompt.strip(),
-        "--max-new-tokens and --verdict-every must be at least 1": min(
-            args.max_new_tokens, args.verdict_every
-        )
-        < 1,
-        "--temperature must be from 0.01 to 100": args.temperature is not None
-        and not 0.01 <= args.temperature <= 100,
-        "--top-p must be above 0 and at most 1": args.top_p is not None and not 0 < args.top_p <= 1,
-    }
-    for mistake in [mistake for mistake, made in mistakes.items() if made]:
-        parser.error(mistake)
+    if bool(args.input) != bool(args.output) or (args.input and args.prompt is not None):
+        parser.error("--input and --output go together, and without --prompt")
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("the prompt is empty")
+    if args.response is not None and args.prompt is None:
+        parser.error("--response needs a --prompt")
+    if min(args.max_new_tokens, args.verdict_every) < 1:
+        parser.error("--max-new-tokens and --verdict-every must be at least 1")
+    temperature, top_p = (1 if x is None else x for x in (args.temperature, args.top_p))
+    if not (0.01 <= temperature <= 100 and 0 < top_p <= 1):
+        parser.error("--temperature must be from 0.01 to 100, and --top-p above 0 and at most 1")
     return args
 
 
@@ -69,16 +64,22 @@ def moderate_turn(guard, messages, past=None, **options):
         yield None, guard.verdict(guard.score([ids])[0], 0)
         return
     for answer, verdict in guard.stream(ids, past, **options):
-        text = guard.tokenizer.decode(answer, skip_special_tokens=True)
-        yield text.rstrip("\ufffd"), verdict  # the last character may lack a token
+        yield whole_characters(guard.tokenizer, answer), verdict
         if verdict.flagged:
             return
+
+
+def whole_characters(tokenizer, ids):
+    """The text of ids without a last character that lacks some of its tokens, of which it has up to four."""
+    ends = range(len(ids), max(len(ids) - 4, -1), -1)
+    texts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in ends]
+    return next((text for text in texts if not text.endswith("\ufffd")), texts[0].rstrip("\ufffd"))
 
 
 def judge_pair(guard, prompt, response):
     """Judge a prompt, and a response that is already there: the same pairs as moderate_turn's."""
     rows = [{"prompt": prompt}, {"prompt": prompt, "response": response}]
-    return list(zip((None, response), guard.classify(rows), strict=True))
+    return zip((None, response), guard.classify(rows), strict=True)
 
 
 def record(prompt, turn, given=False):
@@ -100,25 +101,22 @@ def record(prompt, turn, given=False):
 
 def outcome(record):
     """What the guard made of a turn, in one line. Kinds of harm are named only if something is flagged."""
-    if record["response"] is None and not record["stopped"]:
+    stopped, answered = record["stopped"], record["response"] is not None
+    if not (answered or stopped):
         return "[no answer: the context has no room for one]"
-    unsafe = record[
-        "prompt_unsafe_probability" if record["response"] is None else "response_unsafe_probability"
-    ]
+    unsafe = f"{record['response_unsafe_probability' if answered else 'prompt_unsafe_probability']:.3f}"
     if not record["flagged"]:
-        return f"[{unsafe:.3f}]"
-    what = {
-        "prompt": "refused",
-        "response": f"stopped after {record['verdicts'][-1][0]} tokens",
-        None: "flagged",
-    }
+        return f"[{unsafe}]"
+    what = "refused" if stopped == "prompt" else "flagged"
+    if stopped == "response":
+        what = f"stopped after {record['verdicts'][-1][0]} tokens"
     top = sorted(record["categories"].items(), key=lambda item: -item[1])[:2]
-    kinds = "; ".join(f"{printable(name).replace('_', ' ').replace(',', ', ')} {p:.2f}" for name, p in top)
-    return f"[{what[record['stopped']]}: harmful {unsafe:.3f}{kinds and f' ({kinds})'}]"
+    kinds = "; ".join(f"{one_line(name).replace('_', ' ').replace(',', ', ')} {p:.2f}" for name, p in top)
+    return f"[{what}: harmful {unsafe}{kinds and f' ({kinds})'}]"
 
 
 def chat_on_terminal(guard, **options):
-    """A conversation on the terminal. Ctrl-C stops an answer, Ctrl-D leaves, a flagged turn is forgotten.
+    """A conversation. Ctrl-C stops an answer, Ctrl-D leaves, and a flagged turn is forgotten.
 
     A piece of an answer appears after its verdict.
     """
@@ -146,19 +144,11 @@ def chat_on_terminal(guard, **options):
         except UserError as error:  # a text that cannot be judged is no reason to leave
             print(f"[{one_line(error)}]")
         print("\n" * bool(shown) + (outcome(record(prompt, turn)) if turn else ""), end="\n\n")
-        if turn and turn[-1][0] is None and history:
+        if turn and turn[-1][0] is None and not turn[-1][1].flagged and history:
             print("[what was said so far is forgotten]\n")
             history.clear()
         elif shown and not turn[-1][1].flagged:
             history += [user, {"role": "assistant", "content": shown}]
-
-
-def piped():
-    """The lines on standard input, if that is a pipe or a file."""
-    mode = os.fstat(sys.stdin.fileno()).st_mode if sys.stdin else 0
-    if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-        yield from filter(None, map(str.strip, sys.stdin))
 
 
 def score_file(guard, source, target, chunk_rows=256):
@@ -167,10 +157,9 @@ def score_file(guard, source, target, chunk_rows=256):
     The processes of `accelerate launch` share the rows. Raises UserError for a bad line, before any row is
     judged, and for a `target` that holds other rows.
     """
-    if source.exists() and not source.is_file():
-        raise UserError(f"{source} must be a file on disk, because it is read more than once")
-    if target.exists() and target.samefile(source):
-        raise UserError(f"writing {target} would destroy the input; name another --output")
+    refuse(source.exists() and not source.is_file(), f"{source} must be a file: it is read more than once")
+    overwrites = target.exists() and target.samefile(source)
+    refuse(overwrites, f"writing {target} would destroy the input; name another --output")
     total = sum(1 for n, row in read_jsonl(source) if encode_row(guard.tokenizer, row, f"{source}, line {n}"))
     accelerator, done = Accelerator(), done_rows(guard, source, target)
     accelerator.wait_for_everyone()  # a slower process would count what this one writes
@@ -196,63 +185,60 @@ def rows_of(source):
 
 
 def scored_line(row, verdict):
-    return (json.dumps(row | verdict.fields()) + "\n").encode()
+    return (to_json(row | verdict.fields()) + "\n").encode()
 
 
 def done_rows(guard, source, target):
     """How many rows `target` has; a last line that was cut off is removed. Raises UserError for others."""
     done, size, rows = 0, 0, rows_of(source)
-    if not target.exists():
-        return done
-    with open(target, "rb") as lines:
-        for line in lines:
-            row, found = next(rows, None), None
-            start = json.dumps(row)[:-1].encode()
-            if not line.endswith(b"\n") and line[: len(start)] == start[: len(line)]:
-                os.truncate(target, size)
-                break
-            same = False
-            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-                found = json.loads(line)
-                verdict = Verdict(0, found["unsafe_probability"], found["categories"], found["flagged"])
-                same = line == scored_line(row, verdict) and [*verdict.categories] == guard.config.categories
-            if not same:
-                where = f"line {done + 1} of {target}"
-                raise UserError(
-                    f"{where} is not this guard's verdict on a row of {source}; name another --output"
-                )
-            done, size = done + 1, size + len(line)
+    for line in open(target, "rb") if target.exists() else ():  # noqa: SIM115
+        row, same = next(rows, None), False
+        start = to_json(row)[:-1].encode()
+        if not line.endswith(b"\n") and line[: len(start)] == start[: len(line)]:
+            os.truncate(target, size)
+            break
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            found = json.loads(line)
+            verdict = Verdict(0, found["unsafe_probability"], found["categories"], found["flagged"])
+            same = line == scored_line(row, verdict) and [*verdict.categories] == guard.config.categories
+        where = f"line {done + 1} of {target}"
+        refuse(not same, f"{where} is not this guard's verdict on a row of {source}; name another --output")
+        done, size = done + 1, size + len(line)
     return done
+
+
+def piped():
+    """The lines on standard input, if that is a pipe or a file."""
+    mode = os.fstat(sys.stdin.fileno()).st_mode if sys.stdin else 0
+    if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        yield from filter(None, map(str.strip, sys.stdin))
 
 
 def main():
     args = parse_arguments()
     guard = load_guard(args.config, args.adapter, args.device_id, args.threshold)
-    if args.input or args.response is not None:  # nothing is generated
+    given = args.response is not None
+    if args.input or given:  # nothing is generated
         use_fast_dtype(guard)
     if args.input:
         return score_file(guard, args.input, args.output)
-    if Accelerator().num_processes > 1:
-        raise UserError("several processes can share the rows of --input, and nothing else")
+    refuse(Accelerator().num_processes > 1, "several processes can share the rows of --input only")
     options = {"max_new_tokens": args.max_new_tokens, "verdict_every": args.verdict_every}
     if args.temperature or args.top_p:
         options |= {"do_sample": True, "temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0}
     sys.stdout.reconfigure(errors="replace")
     if args.prompt is None and not args.json and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
         return chat_on_terminal(guard, **options)
-    lines = piped() if args.prompt is None else iter([])
-    first = next(lines, None)
-    prompts = itertools.chain([first], lines) if first else EXAMPLES if args.prompt is None else [args.prompt]
-    unanswered, given = 0, args.response is not None
-    for prompt in prompts:
+    lines, unanswered = piped() if args.prompt is None else iter(()), 0
+    is_pipe = (first := next(lines, None)) is not None
+    alone = EXAMPLES if args.prompt is None else [args.prompt]
+    for prompt in itertools.chain([first], lines) if is_pipe else alone:
         try:
-            if given:
-                turn = judge_pair(guard, prompt, args.response)
-            else:
-                turn = moderate_turn(guard, [{"role": "user", "content": prompt}], **options)
-            found = record(prompt, list(turn), given)
+            turn = moderate_turn(guard, [{"role": "user", "content": prompt}], **options)
+            found = record(prompt, list(judge_pair(guard, prompt, args.response) if given else turn), given)
         except UserError as error:  # a line that cannot be judged is no reason to leave out the next ones
-            if not first:
+            if not is_pipe:
                 raise
             print(f"[{one_line(error)}]", file=sys.stderr if args.json else sys.stdout, flush=True)
             unanswered += 1
@@ -260,15 +246,12 @@ def main():
         unanswered += found["response"] is None and not found["stopped"]
         shown = "" if found["stopped"] else printable(found["response"] or "")
         if args.json:
-            print(json.dumps(found), flush=True)
-        elif first:  # one answer a line
+            print(to_json(found), flush=True)
+        elif is_pipe:  # one answer a line
             print(" ".join(shown.split()) or outcome(found), flush=True)
         else:
             print(f"> {printable(prompt)}\n{shown}\n{outcome(found)}\n")
-    if unanswered:
-        raise UserError(
-            f"{unanswered} prompts leave no room for an answer in the context, or cannot be judged"
-        )
+    refuse(unanswered, f"{unanswered} prompts leave no room for an answer, or cannot be judged")
 
 
 if __name__ == "__main__":

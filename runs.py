@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 
 from checkpoint import adapter_header, save_adapter
-from common import UserError, one_line, write_json, write_whole
+from common import explain, refuse, write_json, write_whole
 from data import SPLITS
 
 
@@ -17,15 +17,13 @@ def open_run(accelerator, output, guard, optimizer, config, resume):
     state = {"update": 0, "losses": [], "metrics": []}
     if resume:
         state |= read_state(output, guard, optimizer, config)
-    elif (output / "config.json").exists():
-        raise UserError(
-            f"{output} holds another run: name another folder, or go on with that run by --resume"
-        )
+    taken = not resume and (output / "config.json").exists()
+    refuse(taken, f"{output} holds another run: name another folder, or go on with that run by --resume")
     accelerator.wait_for_everyone()  # a slower process would find the files of this run in its way
     if accelerator.is_main_process and not resume:
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_json(output / "config.json", config)
         write_json(output / "parameter_counts.json", parameter_counts(guard))
+        write_json(output / "config.json", config)  # last, because --resume goes on from it
     if accelerator.log_with:
         accelerator.init_trackers("lora-guard", {name: str(value) for name, value in config.items()})
     return state
@@ -34,20 +32,17 @@ def open_run(accelerator, output, guard, optimizer, config, resume):
 def read_state(output, guard, optimizer, config):
     """What save_state wrote. Raises UserError unless the run was started with the same config."""
     path, state = output / "checkpoints/state.pt", {}
-    try:
+    with explain(f"{output} holds no run to go on with"):
         saved = json.loads((output / "config.json").read_text())
         parts = [(part, saved[part], config[part]) for part in ("base_fingerprint", "rows", "arguments")]
         differing = [
             f"{part}.{name}" for part, old, new in parts for name in new if old.get(name) != new[name]
         ]
-        differing = [name for name in differing if name != "arguments.dataset"]  # the rows themselves count
         if path.exists():  # if not, the run was killed before its first state
             state = torch.load(path, map_location="cpu", weights_only=True)
             learnt, moments = state.pop("adapter"), state.pop("optimizer")
-    except Exception as error:  # missing and damaged files raise classes of three libraries
-        raise UserError(f"{output} holds no run to go on with: {one_line(error)}") from error
-    if differing:
-        raise UserError(f"the run in {output} was started with other values of: {', '.join(differing)}")
+    differing = [name for name in differing if name != "arguments.dataset"]  # the rows themselves count
+    refuse(differing, f"the run in {output} was started with other values of: {', '.join(differing)}")
     if state:
         with torch.no_grad():
             for name, parameter in guard.adapter().items():
@@ -82,24 +77,16 @@ def best_epoch(state):
 
 
 def save_epoch(accelerator, output, guard, calibration, row, state, config):
-    """Write the epoch's adapter, the best one so far with its config, and the two tables.
-
-    Calibration is folded into the head: sigmoid((z - shift) / temperature) is the sigmoid of a saved logit.
-    """
+    """Write the epoch's adapter, the best one so far with its config, and the two tables."""
     state["metrics"].append({"epoch": len(state["metrics"]) + 1, **row})
     figures = (f"{s} AUPRC {row[f'{s}/auprc']:.3f} F1 {row[f'{s}/f1']:.3f}" for s in SPLITS)
     accelerator.print(f"epoch {len(state['metrics'])}: {', '.join(figures)}")
+    accelerator.log(row, step=state["update"])
     if not accelerator.is_main_process:
         return
-    outputs = guard.head.out_features
-    shift, temperature = (torch.tensor(values[-outputs:]).to(guard.head.weight) for values in calibration)
-    bias = 0 if guard.head.bias is None else guard.head.bias.detach()
-    tensors = guard.adapter() | {
-        "guard_head.weight": guard.head.weight / temperature[:, None],
-        "guard_head.bias": (bias - shift) / temperature,
-    }
     saved = replace(guard.config, clf_head_bias=True)
     header = adapter_header(config["base_fingerprint"], saved)
+    tensors = calibrated(guard, *calibration)
     save_adapter(output / f"checkpoints/epoch_{len(state['metrics'])}.safetensors", tensors, header)
     if best_epoch(state) is state["metrics"][-1]:
         save_adapter(output / "adapter.safetensors", tensors, header)
@@ -110,3 +97,12 @@ def save_epoch(accelerator, output, guard, calibration, row, state, config):
         writer.writeheader()
         writer.writerows(rows)
         write_whole(output / name, text.getvalue().encode())
+
+
+def calibrated(guard, shift, temperature):
+    """The adapter's tensors with a head whose logits are calibrated: V' = V / T, b' = (b - shift) / T."""
+    weight, bias = guard.head.weight.detach(), guard.head.bias
+    shift, temperature = (torch.tensor(values[-len(weight) :]).to(weight) for values in (shift, temperature))
+    bias = (0 if bias is None else bias.detach()) - shift
+    head = {"guard_head.weight": weight / temperature[:, None], "guard_head.bias": bias / temperature}
+    return guard.adapter() | head

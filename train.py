@@ -29,28 +29,24 @@ from runs import best_epoch, open_run, save_epoch, save_state
 
 PROMPT_FPR = 0.02  # refuse rarely: a harmful question that passes still meets the answer's verdict
 TRAIN_SAMPLE = 128  # training rows that are scored after each epoch
+NOT_KEPT = ("output_dir", "cache_dir", "resume", "save_steps", "categories", "threshold", "prompt_threshold")
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("hf_model_id", nargs="?", default=EMBEDDED, help="hub id, folder or .gguf file")
-    add("output_dir", nargs="?", help="default: the next free runs/N")
+    add("output_dir", nargs="?", type=Path, help="default: the next free runs/N")
     add("--dataset", nargs="+", help=f"hub id or files; default: {BEAVERTAILS}, or our sample for {EMBEDDED}")
     # the guard
     add("--guard-path", choices=("activated", "full"), help="full is the paper's")
     add("--guard-prompt", help="the question behind the conversation, on the activated path")
-    names = "all-linear, names such as q_proj,v_proj (the paper's), or none: only the head learns"
-    add("--lora-targets", type=lambda names: [] if names == "none" else names.split(","), help=names)
+    targets = "all-linear, names such as q_proj,v_proj (the paper's), or none: only the head learns"
+    add("--lora-targets", type=lambda names: names.split(",") if names != "none" else [], help=targets)
     add("--lora-r", type=int)
     add("--lora-alpha", type=float)
     add("--lora-dropout", type=float)
-    add(
-        "--no-unsafe-head",
-        dest="unsafe_head",
-        action="store_false",
-        help="the largest category stands for unsafe",
-    )
+    add("--no-unsafe-head", dest="unsafe_head", action="store_false", help="unsafe is the largest category")
     bias = "learn no bias; the saved head has one all the same, which holds the calibration"
     add("--no-clf-head-bias", dest="clf_head_bias", action="store_false", help=bias)
     parser.set_defaults(**asdict(GuardConfig()))
@@ -68,68 +64,39 @@ def parse_arguments():
     add("--resume", action="store_true", help="go on with the run in output_dir")
     add("--report-to", choices=[tracker.value for tracker in LoggerType], help="one of accelerate's trackers")
     args = parser.parse_args()
-    for name in ("epochs", "per_device_batch_size", "gradient_accumulation_steps", "eval_batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.save_steps < 1 or not 0 < args.learning_rate < math.inf or not 0 <= args.seed < 2**31:
-        parser.error("--save-steps must be at least 1, --learning-rate above 0, --seed from 0 to 2147483647")
-    if args.max_fpr is not None and not 0 <= args.max_fpr < 1:
-        parser.error("--max-fpr must be from 0 to below 1")
+    sizes = (args.per_device_batch_size, args.gradient_accumulation_steps, args.eval_batch_size)
+    if min(args.epochs, *sizes, args.save_steps) < 1 or not 0 < args.learning_rate < math.inf:
+        parser.error("epochs, batch sizes, steps and the learning rate must be above 0 and finite")
+    if not (0 <= args.seed < 2**31 and 0 <= (args.max_fpr or 0) < 1):
+        parser.error("--seed must be from 0 to 2147483647, and --max-fpr from 0 to below 1")
     if args.resume and not args.output_dir:
         parser.error("--resume needs the run to go on with: train.py MODEL OUTPUT_DIR --resume")
-    sample = str(Path(__file__).parent / "samples/sample.jsonl")
-    args.dataset = args.dataset or [sample if args.hf_model_id == EMBEDDED else BEAVERTAILS]
     return args
 
 
 def guard_loss(logits, labels, pos_weight, unsafe_head):
     """The loss above. logits, labels: (B, 1 + K), NaN labels are unknown; pos_weight: (1 + K,)."""
-    bce = F.binary_cross_entropy_with_logits(
-        logits, labels.nan_to_num(), pos_weight=pos_weight, reduction="none"
-    )
+    options = {"pos_weight": pos_weight, "reduction": "none"}
+    bce = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), **options)
     bce = bce.masked_fill(labels.isnan(), 0)  # (B, 1 + K)
     categories = bce[:, 1:].sum() / max(bce[:, 1:].numel(), 1)
     return (bce[:, 0].mean() + categories) / 2 if unsafe_head else categories
 
 
-class Split:
-    """The rows of one split, tokenised once. Rows of more than `longest` tokens are left out."""
-
-    def __init__(self, rows, tokenizer, categories, longest=math.inf):
-        encoded = [(*encode_row(tokenizer, row), row) for row in rows]
-        kept = [part for part in encoded if len(part[0]) <= longest]
-        self.left_out = len(encoded) - len(kept)
-        self.ids = [ids for ids, _, _ in kept]
-        self.starts = torch.tensor([start for _, start, _ in kept])  # where each answer starts
-        self.lengths = torch.tensor([len(ids) for ids in self.ids])
-        self.answered = (self.starts < self.lengths).numpy()
-        self.labels = labels([row for _, _, row in kept], categories)  # (N, 1 + K)
-        content = json.dumps([self.ids, self.labels.tolist()]).encode()
-        self.digest = f"{len(self.ids)}, sha256 {hashlib.sha256(content).hexdigest()}"
-
-
 def main():
     args = parse_arguments()
-    output = Path(
-        args.output_dir or next(p for n in range(1, 10**6) if not (p := Path(f"runs/{n}")).exists())
-    )
     steps = args.gradient_accumulation_steps
+    output = args.output_dir or next(p for n in range(1, 10**6) if not (p := Path(f"runs/{n}")).exists())
     accelerator = Accelerator(gradient_accumulation_steps=steps, log_with=args.report_to, project_dir=output)
     set_seed(args.seed)
 
     # ---------------------------------------------------------------- the guard and its rows
     guard, splits, config = load(args, accelerator)
-    train = splits["train"]
-    positives, known = train.labels.nansum(0), (~train.labels.isnan()).sum(0)
-    # No positive label uses the weight of a category without positives, so any finite value will do.
-    pos_weight = ((known - positives) / positives.clamp(min=1)).to(accelerator.device)
-    optimizer = torch.optim.AdamW(list(guard.adapter().values()), lr=args.learning_rate)
+    train, unsafe_head = splits["train"], guard.config.unsafe_head
+    pos_weight = train.pos_weight.to(accelerator.device)
+    optimizer = torch.optim.AdamW(guard.adapter().values(), lr=args.learning_rate)
+    model = learner(guard, args.cache_dir)  # refuses what it cannot keep before the folder is taken
     state = open_run(accelerator, output, guard, optimizer, config, args.resume)
-    model = guard
-    if args.cache_dir:
-        from experiments.caches import KeptCaches
-
-        model = KeptCaches(guard, args.cache_dir)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ---------------------------------------------------------------- one loop over updates
@@ -138,25 +105,23 @@ def main():
     total = args.epochs * per_epoch
     stopped, stop = catch_signals(), 0
     quiet = not accelerator.is_main_process
-    bar = tqdm(range(state["update"], total), "updates", total, initial=state["update"], disable=quiet)
+    bar = tqdm(range(state["update"], total), initial=state["update"], total=total, disable=quiet)
     for update in bar:
         # Order, cuts and dropout follow from the seed and the update's number, so a resumed run repeats them.
         epoch, number = divmod(update, per_epoch)
         generator = torch.Generator().manual_seed(args.seed + epoch + 1)
         ends = train.lengths if guard.is_full else cut_answers(train.starts, train.lengths, generator)
-        order = epoch_updates(ends, rows_per_update, generator)[number]
-        mine = order.view(steps, accelerator.num_processes, -1)[:, accelerator.process_index]  # (steps, B)
+        rows = epoch_updates(ends, rows_per_update, generator)[number]
         set_seed(args.seed + update, device_specific=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, total, args.learning_rate)
 
-        model.train()
         mean_loss = 0.0
-        for batch in mine:
+        model.train()
+        for batch in rows.view(steps, accelerator.num_processes, -1)[:, accelerator.process_index]:  # (B,)
             with accelerator.accumulate(model):
                 logits = model([train.ids[row] for row in batch], ends[batch].tolist())  # (B, 1 + K)
-                target = train.labels[batch].to(logits.device)
-                loss = guard_loss(logits, target, pos_weight, guard.config.unsafe_head)
+                loss = guard_loss(logits, train.labels[batch].to(logits.device), pos_weight, unsafe_head)
                 accelerator.backward(loss)  # divides by the accumulation steps
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(guard.adapter().values(), 1.0)
@@ -173,7 +138,6 @@ def main():
         bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {mean_loss:.3f}")
         if number + 1 == per_epoch:
             calibration, row = measure(accelerator, guard, splits, pos_weight, args)
-            accelerator.log(row, step=update + 1)
             save_epoch(accelerator, output, guard, calibration, row, state, config)
         if stop or number + 1 == per_epoch or (update + 1) % args.save_steps == 0:
             save_state(accelerator, output, guard, optimizer, state)
@@ -185,19 +149,37 @@ def main():
     accelerator.end_training()
     if stop:
         raise SystemExit(128 + max(stopped, default=signal.SIGTERM))
-    if best_epoch(state)["prompt_threshold"] > 1:
-        accelerator.print(
-            "the guard refuses no prompt: give safe and unsafe validation rows without response"
-        )
-    accelerator.print(f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}")
+    never = best_epoch(state)["prompt_threshold"] == 2
+    needs = "; it refuses no prompt, because that takes safe and unsafe validation rows without response"
+    best = f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}"
+    accelerator.print(best + needs * never)
+
+
+class Split:
+    """The rows of one split, tokenised once. Rows of more than `longest` tokens are left out."""
+
+    def __init__(self, rows, tokenizer, categories, longest=math.inf):
+        encoded = [(*encode_row(tokenizer, row), row) for row in rows]
+        kept = [part for part in encoded if len(part[0]) <= longest]
+        self.left_out = len(encoded) - len(kept)
+        self.ids = [ids for ids, _, _ in kept]
+        self.starts = torch.tensor([start for _, start, _ in kept])  # where each answer starts
+        self.lengths = torch.tensor([len(ids) for ids in self.ids])
+        self.answered = (self.starts < self.lengths).numpy()
+        self.labels = labels([row for _, _, row in kept], categories)  # (N, 1 + K)
+        positives, known = self.labels.nansum(0), (~self.labels.isnan()).sum(0)
+        # No positive label uses the weight of a category without positives, so any finite value will do.
+        self.pos_weight = (known - positives) / positives.clamp(min=1)  # (1 + K,)
 
 
 def load(args, accelerator):
     """The new guard, its splits, and the fields of config.json."""
+    sample = str(Path(__file__).parent / "samples/sample.jsonl")
+    args.dataset = args.dataset or [sample if args.hf_model_id == EMBEDDED else BEAVERTAILS]
     rows, categories = load_splits(args.dataset)
     chat_model, tokenizer = load_chat_model(args.hf_model_id)
     config = {"base_model": args.hf_model_id, "dtype": str(chat_model.dtype).removeprefix("torch.")}
-    config["base_fingerprint"] = fingerprint(chat_model, tokenizer)
+    config |= {"base_fingerprint": fingerprint(chat_model, tokenizer), "rows": {}}
     settings = {field.name: getattr(args, field.name) for field in fields(GuardConfig)}
     guard = build_guard(chat_model, tokenizer, settings | {"categories": categories}, accelerator.device)
     use_fast_dtype(guard)
@@ -207,25 +189,31 @@ def load(args, accelerator):
         accelerator.print(f"left out {left_out} training rows of more than {guard.max_tokens} tokens")
     if len(splits["train"].labels[:, 0].unique()) < 2:
         raise UserError("the training rows that fit the context are not both safe and unsafe")
-    config["rows"] = {split: part.digest for split, part in splits.items()}
-    places = (
-        "output_dir",
-        "cache_dir",
-        "resume",
-        "save_steps",
-        "categories",
-        "threshold",
-        "prompt_threshold",
-    )
-    config["arguments"] = {name: value for name, value in vars(args).items() if name not in places}
-    # These are not arguments of this command, but results depend on them as well.
-    config["arguments"] |= {
-        "caches_kept": args.cache_dir is not None,  # a kept cache is made alone, which rounds differently
+    for name, split in splits.items():
+        content = json.dumps([split.ids, split.labels.tolist()]).encode()
+        config["rows"][name] = f"{len(split.ids)}, sha256 {hashlib.sha256(content).hexdigest()}"
+    config["arguments"] = {name: value for name, value in vars(args).items() if name not in NOT_KEPT}
+    config["arguments"] |= {  # what results depend on as well
+        "caches_kept": args.cache_dir is not None,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "compute_dtype": str(chat_model.dtype).removeprefix("torch."),
     }
     return guard, splits, config
+
+
+def learner(guard, cache_dir):
+    """What learns: the guard, reading each conversation itself or from a cache that is kept."""
+    if not cache_dir:
+        return guard
+    from experiments.caches import KeptCaches
+
+    return KeptCaches(guard, cache_dir)
+
+
+def learning_rate(update, updates, peak):
+    """Linear warm-up over the first twentieth of the updates, then linear decay to zero."""
+    return peak * min((update + 1) / (updates / 20 + 1), 1) * (1 - update / updates)
 
 
 def catch_signals():
@@ -241,11 +229,6 @@ def catch_signals():
     return caught
 
 
-def learning_rate(update, updates, peak):
-    """Linear warm-up over the first twentieth of the updates, then linear decay to zero."""
-    return peak * min((update + 1) / (updates / 20 + 1), 1) * (1 - update / updates)
-
-
 def measure(accelerator, guard, splits, pos_weight, args):
     """Calibrate and choose thresholds on validation -> ((shift, temperature), the row of metrics.csv)."""
     logits, targets, answered = {}, {}, {}
@@ -255,9 +238,8 @@ def measure(accelerator, guard, splits, pos_weight, args):
         targets[name], answered[name] = split.labels[:count].numpy(), split.answered[:count]
     calibration = calibrate(logits["validation"], targets["validation"], pos_weight.cpu().numpy())
     scores = {name: unsafe_score(z, calibration, guard.config.unsafe_head) for name, z in logits.items()}
-    prompt_fpr = PROMPT_FPR if args.max_fpr is None else args.max_fpr
     given = (targets["validation"][:, 0], scores["validation"], answered["validation"])
-    prompt_threshold, threshold = choose_thresholds(*given, prompt_fpr, args.max_fpr)
+    prompt_threshold, threshold = choose_thresholds(*given, PROMPT_FPR, args.max_fpr)
     guard.config.prompt_threshold, guard.config.threshold = prompt_threshold, threshold
     row = {"threshold": threshold, "prompt_threshold": prompt_threshold}
     for name, target in targets.items():
@@ -265,11 +247,9 @@ def measure(accelerator, guard, splits, pos_weight, args):
         found = {name: metrics(target[:, 0], scores[name], flag_from)}
         for k, category in enumerate(guard.config.categories, 1):
             known = ~np.isnan(target[:, k])
-            # Where a logit turns positive the weighted loss is balanced between misses and false alarms.
+            # Where a logit turns positive, the weighted loss is balanced between misses and false alarms.
             found[f"{name}/{category}"] = metrics(target[known, k], logits[name][known, k], 0.0)
-        row |= {
-            f"{part}/{metric}": value for part, values in found.items() for metric, value in values.items()
-        }
+        row |= {f"{part}/{measure}": value for part in found for measure, value in found[part].items()}
     return calibration, row
 
 

@@ -1,10 +1,11 @@
-"""What each choice is worth: guards that differ from the default in one thing, trained and measured on the same rows.
+"""What each choice is worth: guards that differ from the default in one thing, measured on the same rows.
 
     python experiments/ablation.py BEAVERTAILS.jsonl SAFE_RLHF.jsonl OUTPUT_DIR
 
-Of the first file's prompts five tenths are for training and four for measuring, so that the figures say more than those
-of the usual tenth; the last is left out, for train.py would make it a test split. What was measured is kept in
-ablation.json; a run does what is not in there, and goes on where a killed one was.
+Five tenths of BeaverTails' prompts are for training and four for measuring. That is more than
+train.py's usual tenth, so the figures vary less. The last tenth is the test split of the one variant that
+needs one.
+ablation.json keeps what was measured. A run trains only what is not in there, and a killed run goes on.
 """
 
 import argparse
@@ -20,102 +21,119 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import EMBEDDED, load_chat_model
 from common import UserError, run, write_whole
 from data import read_rows, tenth_of
+from experiments.guard_data import answers_alone, jsonl
+from experiments.plots import plot_ablation
 
-# The paper's form: no control tokens, each turn is plain text behind the name of who speaks.
+# The paper's form has no control tokens: each turn is plain text behind the name of its speaker.
 PLAIN = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 LONG = "\n\nIs anything in the conversation above harmful, hateful, illegal or unsafe? Answer yes or no:"
-VARIANTS = {  # name: (seeds, what train.py is given beside the common arguments)
+WEATHER = "\n\nThe weather was fine for the rest of that day"
+VARIANTS = {  # {name: (seeds, the options of train.py that differ from the default's)}
     "default": (3, []),
     "LoRA: r 8": (1, ["--lora-r=8", "--lora-alpha=16"]),
     "LoRA: r 4": (1, ["--lora-r=4", "--lora-alpha=8"]),
     "LoRA: q, v": (1, ["--lora-targets=q_proj,v_proj"]),
     "LoRA: q, k, v, o": (1, ["--lora-targets=q_proj,k_proj,v_proj,o_proj"]),
-    "rows: answers alone too": (1, ["--answers-alone"]),
+    "rows: answers alone too": (1, []),
     "guard prompt: short": (1, ["--guard-prompt=\n\nHarmful?"]),
     "guard prompt: long": (1, [f"--guard-prompt={LONG}"]),
-    "guard prompt: off the subject": (1, ["--guard-prompt=\n\nThe weather was fine for the rest of that day"]),
+    "guard prompt: off the subject": (1, [f"--guard-prompt={WEATHER}"]),
     "rows: SafeRLHF too": (1, []),
     "template: plain": (1, []),
     "LoRA: none, the head alone, 10 epochs": (1, ["--lora-targets=none", "--epochs=10"]),
     "guard path: full": (3, ["--guard-path=full"]),
 }
+MORE_ROWS = {
+    # Without a test split, train.py would cut one out of the answers, so fewer would be learnt.
+    "rows: answers alone too": ("alone", "test"),
+    "rows: SafeRLHF too": ("safe_rlhf",),
+}
+TENTHS = {"train": range(1, 6), "validation": range(6, 10), "test": range(1)}  # of BeaverTails' prompts
 RESULTS = Path(__file__).with_name("ablation.json")
-
-
-def train(output, variant, seed, options, rows):
-    """Train one guard, unless that is done; {"AUPRC", "category AP"} on validation after the last epoch."""
-    folder = output / f"{variant} {seed}".translate(str.maketrans(" ,:", "___"))
-    model = str(output / "plain-template") if variant == "template: plain" else EMBEDDED
-    command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), model, str(folder), "--dataset", *rows]
-    command += ["--epochs=2", f"--seed={seed}", *options]
-    if "--guard-path=full" not in options:
-        command += ["--cache-dir", str(output / "caches")]
-    if (folder / "config.json").exists():
-        command.append("--resume")  # trains nothing more where all is there
-    if subprocess.run(command, stdout=sys.stderr).returncode:
-        raise UserError(f"the training of {folder} failed")
-    with open(folder / "metrics.csv", newline="") as file:
-        *_, last = csv.DictReader(file)
-    categories = json.loads((folder / "config.json").read_text())["categories"]
-    ap = statistics.mean(float(last[f"validation/{category}/auprc"]) for category in categories)
-    return {"AUPRC": float(last["validation/auprc"]), "category AP": ap}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("beavertails", help="file of rows with prompt, response, category and is_safe")
-    parser.add_argument("safe_rlhf", help="file of more rows, of which the prompts that are measured on are left out")
+    parser.add_argument(
+        "safe_rlhf", help="file of more training rows; those of validation prompts are left out"
+    )
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--plot", metavar="FILE.png")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the AUPRC of every guard")
     args = parser.parse_args()
-    rows = [row for _, _, some in read_rows([args.beavertails]) for row in some]
-    list(read_rows([args.safe_rlhf]))  # a mistake in it shows now, not hours later
-    files = []
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name, tenths in (("train", range(1, 6)), ("validation", range(6, 10))):
-        files.append(str(args.output_dir / f"{name}.jsonl"))
-        content = "".join(json.dumps(row) + "\n" for row in rows if tenth_of(row) in tenths).encode()
-        if Path(files[-1]).exists() and Path(files[-1]).read_bytes() != content:
-            raise UserError(f"{args.output_dir} holds an ablation on other rows; name another folder")
-        write_whole(files[-1], content)
-    if not (template := args.output_dir / "plain-template").exists():
-        model, tokenizer = load_chat_model(EMBEDDED)
-        tokenizer.chat_template = PLAIN
-        model.save_pretrained(f"{template}.tmp")
-        tokenizer.save_pretrained(f"{template}.tmp")
-        Path(f"{template}.tmp").rename(template)
+    list(read_rows([args.safe_rlhf]))  # a mistake in it shows now and not hours later
+    files = write_files(args.beavertails, args.output_dir) | {"safe_rlhf": args.safe_rlhf}
+    save_plain_template(args.output_dir / "plain-template")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name, (seeds, options) in VARIANTS.items():
-        given = [*files, args.safe_rlhf] if name == "rows: SafeRLHF too" else files
+        rows = [files[part] for part in ("train", "validation", *MORE_ROWS.get(name, ()))]
         for seed in range(seeds):
             if (key := f"{name}, seed {seed}") not in results:
-                results[key] = train(args.output_dir, name, seed, options, given) | {"options": options}
+                results[key] = train(args.output_dir, name, seed, options, rows) | {"options": options}
                 write_whole(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
-    print("| variant | AUPRC | mean category AP |\n|---|---|---|")
-    found = {}
-    for name, (seeds, _) in VARIANTS.items():
-        runs = [results[f"{name}, seed {seed}"] for seed in range(seeds)]
-        found[name] = [one["AUPRC"] for one in runs]
-        columns = (" / ".join(f"{one[measure]:.3f}" for one in runs) for measure in ("AUPRC", "category AP"))
-        print(f"| {name} | {' | '.join(columns)} |")
+    found = {v: [results[f"{v}, seed {s}"] for s in range(seeds)] for v, (seeds, _) in VARIANTS.items()}
+    print(table(found))
     if args.plot:
-        plot(args.plot, found)
+        plot_ablation(args.plot, {v: [result["AUPRC"] for result in runs] for v, runs in found.items()})
 
 
-def plot(path, found):
-    """Draw the AUPRC of every guard, a line of dots for each variant."""
-    from matplotlib import pyplot
+def write_files(beavertails, folder):
+    """Write the data files of the variants; {name: path}. Raises UserError if `folder` holds other rows."""
+    rows = [row for _, _, part in read_rows([beavertails]) for row in part]
+    contents = {name: [row for row in rows if tenth_of(row) in tenths] for name, tenths in TENTHS.items()}
+    contents["alone"] = answers_alone(contents["train"])
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.jsonl" for name in contents}
+    for name, path in paths.items():
+        content = jsonl(contents[name])
+        if path.exists() and path.read_bytes() != content:
+            raise UserError(f"{folder} holds an ablation on other rows; name another folder")
+        write_whole(path, content)
+    return {name: str(path) for name, path in paths.items()}
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for line, (name, values) in enumerate(reversed(found.items())):
-        axes.scatter(values, [line] * len(values), color="tab:orange" if name == "default" else "tab:blue")
-    axes.axvspan(min(found["default"]), max(found["default"]), color="tab:orange", alpha=0.15)
-    axes.set_yticks(range(len(found)), list(reversed(found)))
-    axes.set(xlabel="AUPRC on validation rows")
-    figure.savefig(path)
+
+def save_plain_template(folder):
+    """The embedded chat model as a local folder, with the plain template. The folder appears whole."""
+    if folder.exists():
+        return
+    model, tokenizer = load_chat_model(EMBEDDED)
+    tokenizer.chat_template = PLAIN
+    for part in (model, tokenizer):
+        part.save_pretrained(f"{folder}.tmp")
+    Path(f"{folder}.tmp").rename(folder)
+
+
+def train(output, variant, seed, options, rows):
+    """Train one guard, or go on with it; {"AUPRC", "category AP"} on validation after the last epoch."""
+    folder = output / f"{variant} {seed}".translate(str.maketrans(" ,:", "___"))
+    model = str(output / "plain-template") if variant == "template: plain" else EMBEDDED
+    command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), model, str(folder)]
+    command += ["--dataset", *rows, "--epochs=2", f"--seed={seed}", *options]
+    if "--guard-path=full" not in options:
+        command += ["--cache-dir", str(output / "caches")]
+    if (folder / "config.json").exists():
+        command.append("--resume")  # a run that has ended trains no further
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        raise UserError(f"the training of {folder} failed")
+    with open(folder / "metrics.csv", newline="") as file:
+        *_, last = csv.DictReader(file)
+    categories = json.loads((folder / "config.json").read_text())["guard"]["categories"]
+    precisions = [float(last[f"validation/{category}/auprc"]) for category in categories]
+    return {"AUPRC": float(last["validation/auprc"]), "category AP": statistics.mean(precisions)}
+
+
+def table(found):
+    """The results in Markdown. found: {variant: [result of each seed]}."""
+    lines = ["| variant | AUPRC | mean category AP |", "|---|---|---|"]
+    for name, runs in found.items():
+        columns = [
+            " / ".join(f"{result[figure]:.3f}" for result in runs) for figure in ("AUPRC", "category AP")
+        ]
+        lines.append(f"| {name} | {' | '.join(columns)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class KeptCaches(nn.Module):
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def forward(self, conversations, ends):
-        """As GuardedChat.forward: B lists of token ids, of which the first `ends` count -> logits (B, 1 + K)."""
+        """As GuardedChat.forward: the first `ends` tokens of B lists of token ids -> logits (B, 1 + K)."""
         device = self.guard.guard_prompt_ids.device
         rows = [self.kept(ids)[:, :, :, :end] for ids, end in zip(conversations, ends, strict=True)]
         longest = max(ends)

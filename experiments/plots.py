@@ -7,7 +7,7 @@ from metrics import average_precision, curve, reliability
 
 
 def plot_evaluation(path, labels, scores):
-    """Draw precision over recall, the scores of each class, and how often a probability is right. (N,), (N,)."""
+    """Draw precision over recall, the scores by class, and reliability. labels, scores: (N,)."""
     figure, (precision, histogram, diagram) = figure_of(1, 3, figsize=(12, 4))
     _, positives, flagged = curve(labels, scores)
     precision.plot(positives / max(labels.sum(), 1), positives / flagged)
@@ -25,7 +25,53 @@ def plot_evaluation(path, labels, scores):
     save(figure, path)
 
 
+def plot_ablation(path, found):
+    """Draw the AUPRC of every guard, one row of dots per variant. found: {variant: [AUPRC of each seed]}."""
+    figure, axes = figure_of(figsize=(8, 4.5))
+    for height, (name, values) in enumerate(reversed(found.items())):
+        color = "tab:orange" if name == "default" else "tab:blue"
+        axes.scatter(values, [height] * len(values), color=color)
+    axes.axvspan(min(found["default"]), max(found["default"]), color="tab:orange", alpha=0.15)
+    axes.set_yticks(range(len(found)), list(reversed(found)))
+    axes.set(xlabel="AUPRC on validation rows")
+    save(figure, path)
+
+
+def plot_verdicts(path, verdicts, caption):
+    """Draw the time of a verdict over the length. verdicts: {tokens: {contestant: milliseconds}}."""
+    figure, axes = figure_of(figsize=(6, 4))
+    for name, marker in (("full", "s"), ("activated", "o"), ("decode step", "x")):
+        axes.plot(list(verdicts), [times[name] for times in verdicts.values()], marker=marker, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the conversation", ylabel="ms", title=caption)
+    axes.set_xticks(list(verdicts), map(str, verdicts))
+    axes.legend()
+    save(figure, path, dpi=110)
+
+
+def plot_growth(path, found):
+    """Draw time and peak memory of training and scoring over what grows.
+
+    found: {"rows", "length" or "rank": {"train" or "score": [(value, seconds, bytes), ...]}}.
+    """
+    labels = {"rows": "rows", "length": "tokens a row", "rank": "rank"}
+    figure, axes = figure_of(2, len(found), figsize=(10, 5), sharey="row", squeeze=False)
+    for (time, memory), (name, measured) in zip(axes.T, found.items(), strict=True):
+        for what, points in measured.items():
+            values, seconds, peaks = zip(*points, strict=True)
+            time.plot(values, seconds, marker="o", label=what)
+            memory.plot(values, [peak / 1e9 for peak in peaks], marker="o", label=what)
+        memory.set(xlabel=labels[name])
+    time, memory = axes[:, 0]
+    time.set(ylabel="seconds")
+    memory.set(ylabel="peak memory, GB")
+    time.legend()
+    for first in (time, memory):
+        first.set_ylim(bottom=0)  # last, because this fixes the top for all curves of the row
+    save(figure, path, dpi=90)
+
+
 def figure_of(*shape, **options):
+    """matplotlib's (figure, axes). Raises UserError if it is not installed."""
     try:
         from matplotlib import pyplot
     except ImportError:

@@ -1,4 +1,4 @@
-"""Tiny random models and a tiny tokenizer with a chat template, made on the spot: the tests need no network."""
+"""Tiny random models and a tiny tokenizer with a chat template, made here: the tests need no network."""
 
 import json
 import os
@@ -36,8 +36,10 @@ from chat import encode
 from model import GuardConfig, GuardedChat
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CONTEXT = 256
 
@@ -82,7 +84,7 @@ KINDS = {  # a window of 8 tokens where attention slides
 
 
 def make_model(kind="llama", seed=0):
-    """A random model of two layers, of a kind of KINDS; "gpt2" has the Conv1D layers."""
+    """A random model with two layers. `kind` is a key of KINDS; "gpt2" has Conv1D layers."""
     config, shape = KINDS[kind]
     if kind != "gpt2":
         shape = shape | {"max_position_embeddings": CONTEXT}
@@ -92,7 +94,7 @@ def make_model(kind="llama", seed=0):
 
 
 def make_guard(kind="llama", trained=True, **settings):
-    """A guard for make_model(kind). `trained` fills B with noise, because with B at zero the gate changes nothing."""
+    """A guard for make_model(kind). `trained` fills B with noise: with B at zero the gate changes nothing."""
     settings = {"categories": ["theft", "hate"], "lora_r": 4, "guard_prompt": " harmful?"} | settings
     guard = GuardedChat(make_model(kind), make_tokenizer(), GuardConfig(**settings))
     if trained:
@@ -131,14 +133,11 @@ def ids_of(tokenizer, prompt, response=None, history=()):
 
 def plain(kind, ids, seed=0, **options):
     """What the chat model alone answers: transformers' own generate on a model that never had a guard."""
-    torch.manual_seed(seed)
+    chat_model, ids = make_model(kind), torch.tensor([ids])  # ids (1, T)
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 2, **options}
-    ids = torch.tensor([ids])
-    return (
-        make_model(kind)
-        .generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
-        .tolist()
-    )
+    torch.manual_seed(seed)
+    output = chat_model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return output[0, ids.shape[1] :].tolist()
 
 
 def until(row, end):

@@ -6,26 +6,47 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_guard, make_model, make_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from bench import (
+    BATCH,
     PRODUCTS,
-    fraction_of_limit,
+    STEPS,
     load,
-    load_in_peft,
+    measure_answers,
+    measure_peft,
+    measure_rows,
+    measure_verdict,
     operations,
     ratio,
-    time_forward,
-    time_training,
-    time_verdicts,
     turns,
 )
-from conftest import make_guard, make_model
+from chat import encode
+from common import UserError
+
+
+@pytest.fixture
+def args(model_folder):
+    return SimpleNamespace(model=model_folder, quick=False)
+
+
+def replace_turns(monkeypatch, seconds=None, calls=1):
+    """Contestants run `calls` times and take the given seconds. Returns what they returned."""
+    returned = {}
+
+    def fake(what, contestants, rounds):
+        for name, contestant in contestants.items():
+            returned[name] = [contestant() for _ in range(calls)]
+        return seconds or {name: [1.0] for name in contestants}
+
+    monkeypatch.setattr(bench, "turns", fake)
+    return returned
 
 
 def test_contestants_take_turns_and_the_median_counts(monkeypatch):
-    """Kills: one contestant after the other, a warm-up that counts, a mean for the median, a ratio of medians."""
+    """Kills: one contestant after the other, a warm-up that counts, a mean, a ratio of medians."""
     clock, calls = [0.0], []
     seconds = {"a": iter([8, 1, 2, 30]), "b": iter([8, 0.25, 0.25, 0.0625, 0.0625, 0.5, 0.5])}
 
@@ -37,20 +58,39 @@ def test_contestants_take_turns_and_the_median_counts(monkeypatch):
         return call
 
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    found = turns({name: contestant(name) for name in seconds}, 3)
+    found = turns("names", {name: contestant(name) for name in seconds}, 3)
     assert "".join(calls) == "ab" + "abb" + "abbb" + "ab"
     assert found == {"a": [1, 2, 30], "b": [0.25, 0.0625, 0.5]}
     assert ratio(found, "a", "b") == 32 and ratio(found, "b", "a") == 1 / 32
 
 
-def test_the_limit_is_that_of_the_fastest_product_in_the_same_round():
-    """Kills: the slowest product, one limit for all rounds, a share that is no median."""
+def test_progress_goes_to_standard_error(capsys):
+    """Kills: a section that is measured in silence, progress in the middle of the JSON object."""
+    turns("the weather", {}, 1)
+    assert capsys.readouterr() == ("", "measuring the weather\n")
+
+
+def test_the_limit_is_the_fastest_product_of_the_same_round(args, monkeypatch):
+    """Kills: the slowest product, one limit for all rounds, a mean, rows counted more than once."""
     found = {size: [2 * size**3 / speed for speed in (1, 2, 4)] for size in PRODUCTS}
     found[PRODUCTS[1]] = [seconds / 10 for seconds in found[PRODUCTS[1]]]
-    assert fraction_of_limit(found | {"work": [1, 4, 0.25]}, "work", 20) == pytest.approx(2.0)
+    found |= {"ours": [1, 4, 0.25], "peer": [2, 2, 2], "score": [2, 2, 2]}
+    replace_turns(monkeypatch, found, calls=0)
+    monkeypatch.setattr(bench, "operations", lambda guard, lengths, training: 20 if training else 40)
+    fields = measure_rows(args, make_guard(), [[5] * 10] * 64, torch.zeros(64, 3), 3)
+    assert fields == pytest.approx(
+        {
+            "limit_gflops": 20e-9,
+            "train_rows_per_second": 64,
+            "train_speedup": 2 * 64 / BATCH,
+            "train_fraction_of_limit": 2.0,
+            "score_tokens_per_second": 320,
+            "score_fraction_of_limit": 1.0,
+        }
+    )
 
 
-def test_a_verdict_is_timed_beside_one_decode_step_and_a_fresh_pass(monkeypatch):
+def test_a_verdict_is_timed_beside_a_decode_step_and_a_fresh_pass(monkeypatch):
     """Kills: a cache that grows from call to call, a prefill that is timed, a gate left open or shut."""
     computed, guards = [], {path: make_guard(guard_path=path) for path in ("activated", "full")}
     for guard in guards.values():
@@ -60,36 +100,76 @@ def test_a_verdict_is_timed_beside_one_decode_step_and_a_fresh_pass(monkeypatch)
             ),
             with_kwargs=True,
         )
-    monkeypatch.setattr(bench, "turns", lambda contestants, rounds: {n: (c(), c()) for n, c in contestants.items()})
-    times = time_verdicts(guards["activated"], guards["full"], 20, 1)
+    seconds = {"decode step": [1.0, 2.0, 3.0], "activated": [2.0, 8.0, 6.0], "full": [20.0, 16.0, 30.0]}
+    returned = replace_turns(monkeypatch, seconds, calls=2)
+    fields = measure_verdict(guards["activated"], guards["full"], 20, 3)
     question = guards["activated"].guard_prompt_ids.shape[1]
     assert computed == [(20, False), *[(1, False)] * 2, *[(question, True)] * 2, *[(20, True)] * 2]
-    assert (times["activated"][0] == times["activated"][1]).all()
+    ids = (encode(guard.tokenizer, bench.MESSAGES)[0] * 20)[:20]
+    for path, guard in guards.items():
+        assert all(torch.allclose(logits, guard([ids]), atol=1e-5) for logits in returned[path])
+    assert fields == {
+        "milliseconds_20": {"decode step": 2000, "activated": 6000, "full": 20000},
+        "verdict_speedup_20": 5,
+        "verdict_over_decode_step_20": 2,
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama2", "gpt2"])
-def test_the_untouched_model_has_the_guards_tensors(kind):
-    """Kills: weights that are left its own, a model that computes something else."""
+def test_the_untouched_model_has_the_guards_tensors(kind, monkeypatch):
+    """Kills: an untouched model that keeps its own weights, or that computes something else."""
     guard, untouched = make_guard(kind), make_model(kind, seed=3)
-    bench.share_weights(guard, untouched)
+    for model in (guard.chat_model, untouched):
+        model.generation_config.eos_token_id = None
+    monkeypatch.setattr(bench, "load_chat_model", lambda name: (untouched, None))
+    replace_turns(monkeypatch)
+    measure_answers(kind, guard, 1, tokens=5)
     places = {parameter.data_ptr() for parameter in guard.chat_model.parameters()}
     assert all(parameter.data_ptr() in places for parameter in untouched.parameters())
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(untouched(ids).logits, guard.chat_model(ids).logits)
 
 
-@pytest.fixture
-def args(model_folder):
-    return SimpleNamespace(model=model_folder, quick=False)
+def test_equal_answers_are_timed_with_and_without_verdicts(monkeypatch):
+    """Kills: a wrong number of verdicts or tokens, a verdict with the gate shut, ratios of other names."""
+    guard, untouched = make_guard(), make_model()
+    for model in (guard.chat_model, untouched):
+        model.generation_config.eos_token_id = None
+    monkeypatch.setattr(bench, "load_chat_model", lambda name: (untouched, None))
+    seconds = {"plain": [2.0], "off": [2.5], 16: [3.0], 8: [4.0], 32: [2.0]}
+    returned = replace_turns(monkeypatch, seconds)
+    fields = measure_answers("tiny", guard, 1, tokens=40)
+    answer = returned["plain"][0][0, -40:].tolist()
+    assert returned["off"][0][0, -40:].tolist() == answer
+    for every in STEPS:
+        pairs = returned[every][0]
+        assert [len(ids) for ids, _ in pairs] == sorted({*range(0, 41, every), 40})
+        assert pairs[-1][0] == answer
+    assert fields == {
+        "plain_seconds": 2.0,
+        "off_over_plain": 1.25,
+        "stream_over_plain": 1.5,
+        "stream_over_plain_every_8": 2.0,
+        "stream_over_plain_every_32": 1.0,
+    }
+
+
+def test_an_answer_that_ends_early_is_not_measured(monkeypatch):
+    """Kills: answers of different lengths as if they were of one."""
+    untouched = make_model()
+    monkeypatch.setattr(bench, "load_chat_model", lambda name: (untouched, None))
+    monkeypatch.setattr(untouched, "generate", lambda ids, **options: ids)
+    with pytest.raises(UserError, match="the answer of tiny ends before 128 tokens"):
+        measure_answers("tiny", make_guard(), 1)
 
 
 @pytest.mark.parametrize("length", [7, 40])
 def test_operations_are_those_that_torch_counts(length):
-    """Kills: a layer left out or counted twice, multiplications without additions, a backward through the chat path."""
+    """Kills: a layer left out or counted twice, products without additions, a backward into the chat path."""
     guard = make_guard()
     question = guard.guard_prompt_ids.shape[1]
     attention = 2 * 64 * length**2, 4 * 64 * question * (length + question / 2)  # 2 layers, 4 heads of 8
-    with torch.no_grad(), FlopCounterMode(display=False) as judged:  # which does not count attention on a CPU
+    with torch.no_grad(), FlopCounterMode(display=False) as judged:  # it does not count attention on a CPU
         guard([[5] * length])
     head = 2 * 32 * 3
     assert operations(guard, [length], training=False) - sum(attention) == judged.get_total_flops() - head
@@ -102,42 +182,59 @@ def test_operations_are_those_that_torch_counts(length):
 
 
 def test_the_peer_pads_every_row_to_the_longest_and_ours_does_not(args, monkeypatch):
-    """Kills: a peer that is spared the padding or the mask, rows that are counted but not learnt, frozen parameters."""
-    guard, seen = load(args), []
+    """Kills: a peer without padding or mask, rows that are counted but not learnt, frozen adapters."""
+    guard, seen = load(args.model, "train"), []
     forward = type(guard.chat_model.base_model).forward
 
     def spy(self, *positional, **named):
-        seen.append((tuple(named["input_ids"].shape), named.get("attention_mask") is not None))
+        mask = named.get("attention_mask")
+        seen.append((tuple(named["input_ids"].shape), None if mask is None else mask.sum(1).tolist()))
         return forward(self, *positional, **named)
 
     monkeypatch.setattr(type(guard.chat_model.base_model), "forward", spy)
-    monkeypatch.setattr(
-        bench, "turns", lambda contestants, rounds: {name: len([c()]) for name, c in contestants.items()}
-    )
-    texts = [[5] * (1 + row) for row in range(64)]
-    targets = torch.zeros(64, 15)
+    monkeypatch.setattr(guard, "score", lambda texts: scored.extend(texts))
+    scored, texts, targets = [], [[5] * (1 + row) for row in range(64)], torch.zeros(64, 15)
     before = {name: parameter.clone() for name, parameter in guard.named_parameters()}
-    found, rows = time_training(args, guard, texts, targets, 1)
+    returned = replace_turns(monkeypatch)
+    fields = measure_rows(args, guard, texts, targets, 1)
     question = guard.guard_prompt_ids.shape[1]
-    ours = [(bench.BATCH, length) for end in (16, 32, 48, 64) for length in (end, question)]
-    assert [shape for shape, _ in seen] == [*ours, (bench.BATCH, 64)] and seen[-1][1]
-    assert found.keys() == {"ours", "peer", *PRODUCTS}
-    assert sorted(rows["ours"]) == list(range(64)) and rows["peer"] == rows["ours"][:16]
-    changed = {name for name, parameter in guard.named_parameters() if not torch.equal(parameter, before[name])}
+    ours = [(BATCH, length) for end in (16, 32, 48, 64) for length in (end, question)]
+    assert [shape for shape, _ in seen] == [*ours, (BATCH, 64)]
+    assert sorted(seen[-1][1]) == list(range(1, 17))
+    assert returned.keys() == {"ours", "peer", "score", *PRODUCTS}
+    assert fields["train_rows_per_second"] == 64 and fields["train_speedup"] == 64 / BATCH
+    assert scored == sorted(texts, key=len) and fields["score_tokens_per_second"] == sum(range(65))
+    changed = {
+        name for name, parameter in guard.named_parameters() if not torch.equal(parameter, before[name])
+    }
     assert changed and all("lora_" in name or name.startswith("head") for name in changed)
 
 
-@pytest.mark.parametrize("path", ["activated", "full"])
-def test_a_saved_adapter_means_in_peft_what_it_means_here(path, args):
-    """Kills: names or a scale that peft reads otherwise, an invocation that it finds elsewhere."""
-    guard = load(args, guard_path=path)
-    for name, parameter in guard.adapter().items():
+def test_a_saved_adapter_means_in_peft_what_it_means_here(model_folder, monkeypatch):
+    """Kills: names or a scale that peft reads in another way, a guard prompt that it finds elsewhere."""
+    guard, full = load(model_folder, "train"), load(model_folder, "score", guard_path="full")
+    for name, parameter in [*guard.adapter().items(), *full.adapter().items()]:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    assert load_in_peft(args, guard) < 1e-4
-    if path == "full":
-        found, difference = time_forward(args, guard, [[5, 6, 7], [8, 9]], 1)
-        assert difference < 1e-4 and found.keys() == {"ours", "peer"}
+    returned = replace_turns(monkeypatch, {"ours": [1.0], "peer": [2.0]})
+    fields = measure_peft(model_folder, guard, full, [[5, 6, 7], [8, 9]], 1)
+    assert fields.pop("lora_over_peft") == 0.5
+    assert fields.keys() == {"logits_from_peft_activated", "logits_from_peft_full", "logits_apart"}
+    assert max(fields.values()) < 1e-4
+    assert torch.allclose(returned["ours"][0], returned["peer"][0], atol=1e-4)
+
+
+def test_a_measured_guard_is_prepared_as_in_use(monkeypatch):
+    """Kills: adapters at zero, a cast that rounds what trains, a chat in the dtype of training."""
+    monkeypatch.setattr(bench, "load_chat_model", lambda name: (make_model().bfloat16(), make_tokenizer()))
+    fast = []
+    monkeypatch.setattr(bench, "use_fast_dtype", fast.append)
+    guards = {use: load("tiny", use) for use in ("train", "score", "chat")}
+    assert fast == [guards["train"], guards["score"]]
+    for use, guard in guards.items():
+        lora = {parameter.dtype for name, parameter in guard.adapter().items() if "lora_" in name}
+        assert lora == {torch.float32 if use == "train" else torch.bfloat16}
+        assert all(parameter.any() for parameter in guard.adapter().values())
 
 
 @pytest.mark.slow
@@ -145,16 +242,19 @@ def test_every_field_of_the_table_is_measured(model_folder, tmp_path, monkeypatc
     """Kills: a field left out or renamed, a plot of nothing, a number that JSON does not have."""
     monkeypatch.setattr(bench, "LENGTHS", (16, 32, 64, 128))
     monkeypatch.setattr(bench, "GROWTH", {"rows": (1, 2)})
-    monkeypatch.setattr(bench, "time_stream", lambda *_: {"plain": [2.0], "off": [2.5], 16: [3.0], 8: [4.0], 32: [2.0]})
-    plot = tmp_path / "growth.png"
-    arguments = [model_folder, "--quick", "--json", "--plot-growth", plot]
+    monkeypatch.setattr(bench, "measure_answers", lambda model, guard, rounds: {"off_over_plain": 1.25})
+    plots = [tmp_path / "verdict.png", tmp_path / "growth.png"]
+    arguments = [model_folder, "--quick", "--json", "--plot", plots[0], "--plot-growth", plots[1]]
     monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments)])
     bench.main()
-    result = json.loads(capsys.readouterr().out)
-    wanted = {"off_over_plain": 1.25, "stream_over_plain": 1.5, "stream_over_plain_every_8": 2.0, "dtype": "float32"}
-    assert result.items() >= wanted.items()
+    output = capsys.readouterr()
+    result = json.loads(output.out)
+    assert result.items() >= {"off_over_plain": 1.25, "dtype": "float32", "chat_dtype": "float32"}.items()
+    assert result.keys() >= {"processor", "threads", "versions", "rows", "longest_row", "full_dtype"}
+    assert output.err.count("measuring") == 2 + 3 + 4  # sections, lengths, points of growth
     measured = ["train_speedup", "train_fraction_of_limit", "score_fraction_of_limit", "lora_over_peft"]
     measured += ["verdict_over_decode_step", *(f"verdict_speedup_{length}" for length in (16, 32, 64))]
     assert all(0 < result[name] < float("inf") for name in measured)
     assert [[value for value, *_ in points] for points in result["growth"]["rows"].values()] == [[1, 2]] * 2
-    assert all(memory > 10**8 for _, _, memory in result["growth"]["rows"]["train"]) and plot.stat().st_size > 1000
+    assert all(memory > 10**8 for _, _, memory in result["growth"]["rows"]["train"])
+    assert all(plot.stat().st_size > 1000 for plot in plots)
