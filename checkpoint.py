@@ -164,7 +164,7 @@ def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=No
     config_path = Path(config_path or find_config())
     adapter_path = adapter_path or config_path.with_name("adapter.safetensors")
     device = find_device(device_id)
-    with explain(f"{config_path} is not the config of a guard, as train.py writes it"):
+    with explain(f"{config_path} is not the config of a guard; train.py writes a new one"):
         saved = json.loads(config_path.read_text())
         config = GuardConfig(**saved["guard"])
         if threshold is not None:
