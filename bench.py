@@ -1,7 +1,6 @@
 """Measure how fast the guard is. docs/RESULTS.md has the figures.
 
-What is compared takes turns in one process, and a ratio is the median of the rounds' ratios: the speed of a
-shared machine changes within minutes, but hardly between two turns.
+Contestants take turns in one process: a shared machine's speed drifts. A ratio is the median over the rounds.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from train import guard_loss
 PROMPT = "Write a long story about a lighthouse keeper who teaches the village's children to read the stars."
 MESSAGES = [{"role": "user", "content": PROMPT}]
 LENGTHS = (128, 512, 2048, 8192)  # tokens of a conversation
-STEPS = (16, 8, 32)  # tokens from verdict to verdict, the default first
+VERDICT_EVERY = (16, 8, 32)  # tokens from verdict to verdict, the default first
 BATCH = 16  # rows of a training batch, as in train.py
 SCORED = 32  # rows of a scoring batch, as in GuardedChat.score
 PRODUCTS = (1024, 2048, 3072)  # sizes of the square matrices
@@ -114,7 +113,7 @@ def sample(texts, size):
 
 
 def turns(what, contestants, rounds):
-    """{name: seconds of a call, in each round}. A turn takes one call, or as many as fit half a second."""
+    """{name: seconds, by round}. A turn repeats a call until half a second has passed; its median counts."""
     print(f"measuring {what}", file=sys.stderr, flush=True)
     found = {name: [] for name in contestants}
     for contestant in contestants.values():  # warms up
@@ -130,13 +129,13 @@ def turns(what, contestants, rounds):
 
 
 def ratio(found, one, other):
-    """How many times as long as `other` the contestant `one` takes: the median over the rounds."""
+    """Time of `one` over time of `other`: the median over the rounds."""
     return median(a / b for a, b in zip(found[one], found[other], strict=True))
 
 
 def operations(guard, lengths, training):
-    """Operations to judge these conversations on the activated path, or to learn from them: matrix products
-    alone, without padding, the language-model head, and gradients that nothing needs."""
+    """Operations of a verdict or a training step on the activated path. Only matrix products count. Padding,
+    the language-model head and unused gradients do not."""
     layers = [module for module in guard.modules() if isinstance(module, LoRALinear)]
     config = guard.chat_model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -159,7 +158,7 @@ def learn(judge, optimizer, texts, targets):
 
 
 def reference(guard, chat_model, longest):
-    """(judge, optimizer) in the way of LoRA-Guard's authors: q and v, rows padded to `longest`, a mask."""
+    """(judge, optimizer) set up as LoRA-Guard's authors do: LoRA on q and v, padding to `longest`, a mask."""
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(chat_model.base_model, config).train()
     head = torch.nn.Linear(guard.head.in_features, guard.head.out_features)
@@ -173,7 +172,7 @@ def reference(guard, chat_model, longest):
 
 
 def measure_rows(args, guard, texts, targets, rounds):
-    """Training and scoring, beside peft and the limit: the fastest of a few square products."""
+    """Speed of training and scoring, beside peft and a limit: the fastest of a few square matrix products."""
     ours = [([texts[row] for row in batch], targets[batch]) for batch in sample(texts, BATCH)]
     theirs = [part[: BATCH // 4 if args.quick else BATCH] for part in ours[0]]
     scored = [texts[row] for batch in sample(texts, SCORED) for row in batch]
@@ -244,11 +243,12 @@ def measure_answers(model, guard, rounds, tokens=128):
         raise UserError(f"the answer of {model} ends before {tokens} tokens")
     models = {"plain": untouched, "off": guard.chat_model}
     contestants = {name: lambda model=model: model.generate(ids, **options) for name, model in models.items()}
-    contestants |= {n: lambda n=n: list(guard.stream(prompt, verdict_every=n, **options)) for n in STEPS}
+    for n in VERDICT_EVERY:
+        contestants[n] = lambda n=n: list(guard.stream(prompt, verdict_every=n, **options))
     found = turns("answers", contestants, rounds)
     fields = {"plain_seconds": median(found["plain"]), "off_over_plain": ratio(found, "off", "plain")}
-    fields["stream_over_plain"] = ratio(found, STEPS[0], "plain")
-    return fields | {f"stream_over_plain_every_{n}": ratio(found, n, "plain") for n in STEPS[1:]}
+    fields["stream_over_plain"] = ratio(found, VERDICT_EVERY[0], "plain")
+    return fields | {f"stream_over_plain_every_{n}": ratio(found, n, "plain") for n in VERDICT_EVERY[1:]}
 
 
 @torch.no_grad()

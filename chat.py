@@ -1,6 +1,6 @@
 """The chat path: how a conversation becomes token ids, and how the frozen model answers it.
 
-Here is all that the guard needs to know about transformers' tokenizers, decoding and caches.
+This module holds all that is specific to transformers' tokenizers, decoding and caches.
 """
 
 import copy
@@ -38,7 +38,7 @@ def encode(tokenizer, messages):
 
 def render(tokenizer, messages, **options):
     """Token ids of messages. Raises UserError as `encode` does."""
-    # transformers marks control tokens with these two characters. Without them, all renderings see one text.
+    # transformers removes these two characters from texts. Without them, all renderings read the same text.
     messages = [m | {"content": re.sub("[\U000f0000\U000f0001]", "", m["content"])} for m in messages]
     marked = [m | {"content": f"mark{n}mark" * bool(m["content"].strip())} for n, m in enumerate(messages)]
     # Templates drop reasoning from earlier answers, and the chat model does not read it either.
@@ -66,7 +66,7 @@ def check_shown(shown, skeleton, messages, exempt):
     dropped = any(f"mark{n}mark" not in skeleton for n in needed) or "".join(shown.split()) != "".join(
         filled.split()
     )
-    refuse(dropped, "the chat template leaves out a part of this conversation, unseen by the guard")
+    refuse(dropped, "the chat template drops a part of this conversation, so the guard would not see it")
 
 
 def check_control_tokens(ids, skeleton_ids, control):
@@ -86,7 +86,7 @@ class Past:
         """Go back to what this has in common with `ids`. A cache that cannot be cropped starts anew."""
         shorter = min(len(self.ids), len(ids) - 1)  # the last token is always read: its logits are needed
         common = next((n for n in range(shorter) if self.ids[n] != ids[n]), shorter)
-        kept, self.ids = self.ids, []  # so an interrupted crop leaves nothing to go on from
+        kept, self.ids = self.ids, []  # so the next turn reads all again if this is interrupted
         shrinks = common < len(kept)
         if not common or (shrinks and any(type(layer) is not DynamicLayer for layer in self.cache.layers)):
             self.cache, common = DynamicCache(config=config.get_text_config(decoder=True)), 0
@@ -104,14 +104,14 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
     """
     modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     by_token = len(input_ids) == 1 and generation_config.get_generation_mode() in modes
-    refuse(not by_token, "a streamed answer is one, token by token, without beams or an assistant")
-    ends = generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    refuse(not by_token, "stream writes one answer token by token; it takes no beams and no assistant")
+    eos_ids = generation_config.eos_token_id
+    eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
     keep = {name: n for name, n in inputs.items() if name == "logits_to_keep"}  # where the model knows it
     ids, stopped = input_ids, False  # (1, T)
     while True:
         new = ids[:, len(past.ids) :]  # (1, tokens that the cache does not hold yet)
-        past.ids = []  # so an interrupted pass leaves nothing to go on from
+        past.ids = []  # so the next turn reads all again if this pass is interrupted
         output = chat_model(new, past_key_values=past.cache, use_cache=True, **keep)
         past.ids = ids[0].tolist()
         if stopped:
@@ -122,7 +122,7 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
             token = torch.multinomial(scores.softmax(-1), 1)  # (1, 1)
         else:
             token = scores.argmax(-1, keepdim=True)
-        done = token.item() in ends
+        done = token.item() in eos_ids
         yield past.ids[input_ids.shape[1] :], done
         if done:
             return

@@ -34,7 +34,9 @@ def load_chat_model(name, dtype=None):
     huggingface_hub.utils.enable_progress_bars()
     advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for an earlier download"
     advice = (
-        f"if the file is whole, delete {HF_ASSETS_CACHE}/lora-guard" if path.suffix == ".gguf" else advice
+        f"if the file is intact, delete its unpacked copy in {HF_ASSETS_CACHE}/lora-guard"
+        if path.suffix == ".gguf"
+        else advice
     )
     with explain(f"cannot load the chat model {name!r}; {advice}"):
         if path.suffix == ".gguf":
@@ -96,7 +98,7 @@ def use_fast_dtype(guard):
 def fingerprint(chat_model, tokenizer):
     """{part: digest} that tells base models of the same shapes apart.
 
-    Of the weights only the vectors count, because file formats keep them unchanged. A model that was
+    Only the vectors of the weights count, because file formats keep them unchanged. A model that was
     fine-tuned in its matrices alone passes for its parent.
     """
     config = chat_model.config.get_text_config()
@@ -148,7 +150,7 @@ def refuse_other(path, differing):
 
 
 def build_guard(chat_model, tokenizer, settings, device):
-    """A new guard, after one try. Raises UserError for settings or a model that it cannot have."""
+    """Build a guard and judge one prompt on trial. Raises UserError if settings or model do not work."""
     with explain(f"a {type(chat_model).__name__} cannot be guarded in this way"):
         guard = GuardedChat(chat_model, tokenizer, GuardConfig(**settings)).to(device)
         guard.classify([{"prompt": "Hello"}])
@@ -158,8 +160,8 @@ def build_guard(chat_model, tokenizer, settings, device):
 def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=None):
     """The guard that train.py saved. Raises UserError for files that are damaged or do not match.
 
-    By default the guard in guard/, or that of the newest run; on the first GPU, or under `accelerate launch`
-    on the process's own. device_id -1 is the CPU. threshold: in place of both that the config has.
+    By default it is the guard in guard/, or that of the newest run. The device is the first GPU, or the
+    process's own under `accelerate launch`; -1 is the CPU. threshold replaces both of the config.
     """
     config_path = Path(config_path or find_config())
     adapter_path = adapter_path or config_path.with_name("adapter.safetensors")

@@ -85,5 +85,9 @@ def add_guard_arguments(parser):
     add("config", nargs="?", type=Path, help="default: the guard in guard/, or the newest run of train.py")
     add("adapter", nargs="?", type=Path, help="default: adapter.safetensors beside the config")
     add("--device-id", type=int, help="number of the GPU, -1 for the CPU; default: GPU 0 if there is one")
-    add("--threshold", type=float, help="flag prompts and answers from this probability; above 1: never")
+    add(
+        "--threshold",
+        type=float,
+        help="flag prompts and answers at or above this probability; above 1: never",
+    )
     return add

@@ -109,7 +109,7 @@ def check_row(row, where):
     if is_safe is None and category:
         is_safe = not any(category.values())
     unknown = is_safe not in (True, False)
-    refuse(unknown, f"{where}: a row needs `is_safe`, true or false, or a `category` to take it from")
+    refuse(unknown, f"{where}: a row needs `is_safe` (true or false) or a `category`")
     return row | {"category": category, "is_safe": bool(is_safe)}
 
 
@@ -171,8 +171,8 @@ def encode_row(tokenizer, row, where=None):
 def load_splits(sources):
     """({"train": rows, "validation": rows, "test": rows}, category names in the data's order).
 
-    A split that is not given is cut out of the training one, a tenth of its prompts. No prompt is in two
-    splits: test keeps it before validation, and validation before training.
+    Each missing split takes a tenth of the training prompts. No prompt is in two splits: of given ones, test
+    keeps it before validation, and validation before training.
     Raises UserError for data that cannot be learnt from.
     """
     given, names = {}, []
@@ -222,7 +222,7 @@ def epoch_updates(lengths, rows_per_update, generator):
     """The row numbers of one epoch's updates, (updates, rows_per_update), for rows of these lengths (N,).
 
     Rows of similar length share an update, so little is padding. Every update is full, topped up with rows
-    of the same epoch, so its gradient is a mean over as many rows.
+    of the same epoch, so every gradient is a mean over the same number of rows.
     """
     rows, count = len(lengths), math.ceil(len(lengths) / rows_per_update)
     order = torch.randperm(rows, generator=generator).repeat(rows_per_update // rows + 2)
@@ -233,7 +233,7 @@ def epoch_updates(lengths, rows_per_update, generator):
 
 
 def cut_answers(starts, lengths, generator):
-    """Where an epoch cuts each row, (N,): half of the answers at a random token, one in eleven at its start.
+    """Where an epoch cuts each row, (N,): of eleven answers one at its start and five at a random token.
 
     A running verdict is about an unfinished answer, so the guard has to see such answers in training.
     """

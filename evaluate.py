@@ -52,7 +52,7 @@ def main():
 
 
 def measure(config, rows, answered, unsafe, scores):
-    """The figures of probabilities (N, 1 + K) on N rows with labels `unsafe`. unsafe, answered: bool (N,)."""
+    """The figures of N rows. scores: probabilities (N, 1 + K); unsafe, answered: bool (N,)."""
     flag_from = np.where(answered, config.threshold, config.prompt_threshold)
     result = {"rows": len(rows), "positives": int(unsafe.sum())}
     result |= {"threshold": config.threshold, "prompt_threshold": config.prompt_threshold}
@@ -84,7 +84,7 @@ def bootstrap(labels, scores, thresholds, prompts, draws=1000):
 
 
 def running_scores(guard, encoded, every):
-    """[[(tokens, unsafe probability), ...] for each (ids, start)] as the answers grow, the last on all."""
+    """For each (ids, start): [(tokens, unsafe probability), ...] after each `every` tokens and at the end."""
     cuts = [[*range(every, len(ids) - start, every), len(ids) - start] for ids, start in encoded]
     texts = [ids[: start + n] for (ids, start), tokens in zip(encoded, cuts, strict=True) for n in tokens]
     scores = iter(guard.score(texts)[:, 0].double().sigmoid().tolist())
@@ -93,7 +93,7 @@ def running_scores(guard, encoded, every):
 
 def running_metrics(labels, answers, threshold):
     """What running verdicts add to the one on the whole answer. labels: (N,); answers: of running_scores."""
-    first, cut = [], []  # of flagged answers where, as a share and in tokens; of other safe ones whether
+    first, cut = [], []  # flagged: (by half of its tokens, token of the first flag); other safe ones: cut
     for label, answer in zip(labels, answers, strict=True):
         flags = [tokens for tokens, score in answer if score >= threshold]
         if answer[-1][0] in flags:

@@ -1,4 +1,4 @@
-"""How good scores are, what makes probabilities of logits, and where to flag.
+"""Metrics of scores, calibration of logits, and choice of thresholds.
 
 A score is higher the more harmful a text looks; a label is 1 for harmful. Both are numpy arrays (N,).
 """
@@ -41,9 +41,9 @@ def best_threshold(labels, scores):
 
 
 def threshold_at_fpr(labels, scores, limit):
-    """(threshold, recall) of the highest recall at a false positive rate of at most `limit`.
+    """The threshold with the highest recall at a false positive rate of at most `limit`, and that recall.
 
-    Of several such thresholds it is the highest, half-way down to the next score; above 1 if none can be met.
+    Of equal recalls the highest threshold counts, half-way down to the next score. Above 1: nothing passes.
     """
     thresholds, positives, flagged = curve(labels, scores)
     false, true = np.append(0, flagged - positives), np.append(0, positives)
@@ -78,7 +78,7 @@ def metrics(labels, scores, threshold):
 
 
 def evaluation(labels, scores, threshold):
-    """metrics() and what guards are compared by beside them."""
+    """metrics(), and AUROC, recall at 1 % FPR and the calibration error."""
     rows, score, positive = reliability(labels, scores)
     return metrics(labels, scores, threshold) | {
         "auroc": auroc(labels, scores),
@@ -100,8 +100,9 @@ def fit_temperature(labels, logits):
 def calibrate(logits, labels, pos_weight):
     """(shift, temperature), each (outputs,): sigmoid((z - shift) / temperature) is a probability.
 
-    logits, labels: (N, outputs), NaN where unknown; pos_weight: (outputs,). It adds its log to the best
-    logit, which is taken off. One temperature for unsafe and one for the categories correct over-confidence.
+    logits, labels: (N, outputs), NaN where unknown; pos_weight: (outputs,). Training with it shifts each
+    logit by its log; `shift` undoes this. One temperature for unsafe and one for the categories correct
+    over-confidence.
     """
     shift = np.log(np.maximum(pos_weight, 1e-3))
     temperature = np.ones_like(shift)
@@ -121,9 +122,9 @@ def unsafe_score(logits, calibration, unsafe_head):
 
 
 def choose_thresholds(labels, scores, answered, prompt_fpr, max_fpr):
-    """(for prompts, for answers): at most prompt_fpr and the best F1, or max_fpr for both.
+    """(prompt threshold, answer threshold): prompts keep to prompt_fpr, answers have the best F1.
 
-    answered: bool (N,). Without safe and unsafe prompts to learn it from, no prompt is flagged.
+    answered: bool (N,). If max_fpr is given, both keep to it. No prompt is refused without both kinds.
     """
     prompt, answer = ((labels[rows], scores[rows]) for rows in (~answered, answered))
     answer = answer if len(np.unique(answer[0])) == 2 else (labels, scores)

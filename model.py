@@ -7,7 +7,7 @@ There are two guard paths:
 
     full         f' reads the whole conversation again (LoRA-Guard, arXiv 2407.02987)
     activated    the chat path reads the conversation; f' reads only the guard prompt, a short
-                 question behind it that attends to the chat path's KV cache (arXiv 2504.12397)
+                 question after it that attends to the chat path's KV cache (arXiv 2504.12397)
 
 Shapes: B conversations, T tokens, M guard-prompt tokens, H hidden width, K categories.
 """
@@ -33,7 +33,7 @@ class GuardConfig:
 
     categories: list[str] = field(default_factory=list)  # in the order of the head's outputs
     guard_path: str = "activated"  # or "full"
-    guard_prompt: str = "\n\nIs the conversation above harmful? Answer:"  # plain text, so it suits any model
+    guard_prompt: str = "\n\nIs the conversation above harmful? Answer:"  # the activated path's question
     lora_r: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -48,7 +48,7 @@ class GuardConfig:
         different = isinstance(names, list) and all(type(n) is str and names.count(n) == 1 for n in names)
         lora = self.lora_r >= 1 and 0 < self.lora_alpha < math.inf and 0 <= self.lora_dropout < 1
         path = self.guard_path in ("activated", "full") and isinstance(self.guard_prompt, str)
-        refuse(not path, "the guard path must be activated or full, and the guard prompt text")
+        refuse(not path, "the guard path must be activated or full, and the guard prompt must be text")
         refuse(not lora, "LoRA needs r of at least 1, a finite alpha above 0 and a dropout in [0, 1)")
         refuse(not different, "the categories must be a list of different names")
         refuse(
@@ -85,7 +85,7 @@ class GuardedChat(nn.Module):
         lora = (config.lora_targets, config.lora_r, config.lora_alpha, config.lora_dropout)
         self.gate = inject_lora(chat_model, *lora, within=chat_model.base_model_prefix)
         lm_head = chat_model.get_output_embeddings()
-        lm_head.register_forward_pre_hook(make_contiguous)
+        lm_head.register_forward_pre_hook(make_contiguous)  # saves a copy of its weight
         width = lm_head.weight.shape[-1]  # H; the guard head reads what the language-model head reads
         outputs = config.unsafe_head + len(config.categories)
         self.head = nn.Linear(width, outputs, bias=config.clf_head_bias, dtype=torch.float32)
@@ -163,7 +163,7 @@ class GuardedChat(nn.Module):
         return logits
 
     def verdict(self, logits, tokens):
-        """Logits (1 + K,) of an answer of so many tokens -> Verdict."""
+        """Logits (1 + K,) of an answer of so many tokens -> Verdict. A saved head is calibrated (runs.py)."""
         unsafe, *others = logits.double().sigmoid().tolist()
         threshold = self.config.threshold if tokens else self.config.prompt_threshold
         flagged = not unsafe < threshold  # NaN is flagged, so a broken guard cannot let everything pass
@@ -182,8 +182,8 @@ class GuardedChat(nn.Module):
         The first pair is the verdict on the prompt, the next follow after every `verdict_every` tokens of
         the answer, and the last one is at its end. `full` judges only the prompt and the end. The caller
         stops by leaving the loop.
-        past: a chat's Past, if the next turn shall read only what is new.
-        options: as for transformers' `generate`, whose tokens these are. Greedy by default.
+        past: the chat's Past, so that each turn reads only new tokens.
+        options: those of transformers' `generate`, and the tokens are the same too. Greedy by default.
         Raises UserError if the context has no room for max_new_tokens, and for beams and assistants.
         """
         refuse(min(max_new_tokens, verdict_every) < 1, "max_new_tokens and verdict_every must be at least 1")
@@ -202,14 +202,14 @@ class GuardedChat(nn.Module):
         options |= {"max_new_tokens": max_new_tokens, "use_cache": True, "cache_implementation": None}
         every = sys.maxsize if self.is_full else verdict_every
         options |= {"attention_mask": torch.ones_like(ids), "custom_generate": decode, "past": past}
-        # transformers prepares logits processors and stopping criteria, and hands them to `decode`.
+        # transformers prepares logits processors and criteria, and returns the generator that `decode` is.
         for answer, done in self.chat_model.generate(ids, **options):
             if done or len(answer) % every == 0:
                 judged = self.score([past.ids]) if self.is_full else self.judge(past.cache)
                 yield answer, self.verdict(judged[0], len(answer))
 
     def train(self, mode=True):
-        """Training mode is for LoRA's dropout alone: the frozen model always computes as in use."""
+        """Training mode switches on LoRA's dropout only; the frozen model stays in evaluation mode."""
         super().train(mode)
         self.chat_model.eval()
         for module in self.modules():

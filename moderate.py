@@ -37,10 +37,10 @@ def parse_arguments():
     add("--max-new-tokens", type=int, default=128, help="longest answer")
     add("--verdict-every", type=int, default=16, metavar="N", help="tokens from one verdict to the next")
     add("--temperature", type=float, help="sample the answer; without this or --top-p it is greedy")
-    add("--top-p", type=float, help="sample from the likeliest tokens that have this probability together")
+    add("--top-p", type=float, help="sample from the fewest tokens whose probabilities add up to this")
     args = parser.parse_args()
     if bool(args.input) != bool(args.output) or (args.input and args.prompt is not None):
-        parser.error("--input and --output go together, and without --prompt")
+        parser.error("--input needs --output, and neither goes with --prompt")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("the prompt is empty")
     if args.response is not None and args.prompt is None:
@@ -70,20 +70,20 @@ def moderate_turn(guard, messages, past=None, **options):
 
 
 def whole_characters(tokenizer, ids):
-    """The text of ids without a last character that lacks some of its tokens, of which it has up to four."""
+    """Decode ids, without a last character that lacks some of its tokens; a character has up to four."""
     ends = range(len(ids), max(len(ids) - 4, -1), -1)
     texts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in ends]
     return next((text for text in texts if not text.endswith("\ufffd")), texts[0].rstrip("\ufffd"))
 
 
 def judge_pair(guard, prompt, response):
-    """Judge a prompt, and a response that is already there: the same pairs as moderate_turn's."""
+    """Judge a prompt and the user's response to it -> the same pairs as moderate_turn's."""
     rows = [{"prompt": prompt}, {"prompt": prompt, "response": response}]
     return zip((None, response), guard.classify(rows), strict=True)
 
 
 def record(prompt, turn, given=False):
-    """What --json prints of a turn, moderate_turn's pairs. given: the response was there already."""
+    """The --json object of a turn, moderate_turn's pairs. given: the user gave the response."""
     (_, first), (response, last) = turn[0], turn[-1]
     stopped = None if given or not last.flagged else "response" if last.tokens else "prompt"
     response = None if stopped == "prompt" else response
@@ -152,7 +152,7 @@ def chat_on_terminal(guard, **options):
 
 
 def score_file(guard, source, target, chunk_rows=256):
-    """Write each row of a JSONL file with its verdict added, in order, going on after what `target` holds.
+    """Write each row of a JSONL file with its verdict, in order. Rows that `target` holds are skipped.
 
     The processes of `accelerate launch` share the rows. Raises UserError for a bad line, before any row is
     judged, and for a `target` that holds other rows.
@@ -189,7 +189,7 @@ def scored_line(row, verdict):
 
 
 def done_rows(guard, source, target):
-    """How many rows `target` has; a last line that was cut off is removed. Raises UserError for others."""
+    """Count the rows in `target` and remove an incomplete last line. Raises UserError for other rows."""
     done, size, rows = 0, 0, rows_of(source)
     for line in open(target, "rb") if target.exists() else ():  # noqa: SIM115
         row, same = next(rows, None), False

@@ -13,7 +13,7 @@ from data import SPLITS
 
 
 def open_run(accelerator, output, guard, optimizer, config, resume):
-    """The state of a new run, or with `resume` the saved one, which goes into guard and optimizer."""
+    """A new state, or with `resume` the saved one, whose adapter and moments go into guard and optimizer."""
     state = {"update": 0, "losses": [], "metrics": []}
     if resume:
         state |= read_state(output, guard, optimizer, config)
@@ -63,7 +63,7 @@ def parameter_counts(guard):
 
 
 def save_state(accelerator, output, guard, optimizer, state):
-    """Write all that --resume needs in one file, so it is of one update."""
+    """Write all that --resume needs in one file, so all parts belong to the same update."""
     if accelerator.is_main_process:
         adapter = {name: parameter.detach().cpu() for name, parameter in guard.adapter().items()}
         buffer = io.BytesIO()

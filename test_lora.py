@@ -1,4 +1,4 @@
-"""The LoRA maths. Each test names the mutation of lora.py that it kills."""
+"""The LoRA maths. Each test names the mutations that it kills."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor

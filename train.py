@@ -1,6 +1,7 @@
 """Train a guard: the chat model stays frozen; the LoRA layers and the guard head learn from labelled rows.
 
     loss = 1/2 BCE(z_0, u; w_0) + 1/(2K) sum_k BCE(z_k, y_k; w_k)      w = negatives / positives
+    loss = 1/K sum_k BCE(z_k, y_k; w_k)                                with --no-unsafe-head
 
 `accelerate launch train.py ...` runs the same loop on several devices.
 """
@@ -40,14 +41,14 @@ def parse_arguments():
     add("--dataset", nargs="+", help=f"hub id or files; default: {BEAVERTAILS}, or our sample for {EMBEDDED}")
     # the guard
     add("--guard-path", choices=("activated", "full"), help="full is the paper's")
-    add("--guard-prompt", help="the question behind the conversation, on the activated path")
+    add("--guard-prompt", help="the question after the conversation, on the activated path")
     targets = "all-linear, names such as q_proj,v_proj (the paper's), or none: only the head learns"
     add("--lora-targets", type=lambda names: names.split(",") if names != "none" else [], help=targets)
     add("--lora-r", type=int)
     add("--lora-alpha", type=float)
     add("--lora-dropout", type=float)
     add("--no-unsafe-head", dest="unsafe_head", action="store_false", help="unsafe is the largest category")
-    bias = "learn no bias; the saved head has one all the same, which holds the calibration"
+    bias = "learn no bias; the saved head still has one, from calibration"
     add("--no-clf-head-bias", dest="clf_head_bias", action="store_false", help=bias)
     parser.set_defaults(**asdict(GuardConfig()))
     # optimisation
@@ -57,7 +58,7 @@ def parse_arguments():
     add("--eval-batch-size", type=int, default=32)
     add("--learning-rate", type=float, default=1e-3)
     add("--seed", type=int, default=0)
-    add("--max-fpr", type=float, help="false positive rate on validation to keep to; default: the best F1")
+    add("--max-fpr", type=float, help="highest false positive rate on validation; default: the best F1")
     # the run
     add("--cache-dir", type=Path, help="keep the chat path's caches here, for later epochs and runs")
     add("--save-steps", type=int, default=100, help="updates from one saved state to the next")
@@ -75,7 +76,7 @@ def parse_arguments():
 
 
 def guard_loss(logits, labels, pos_weight, unsafe_head):
-    """The loss above. logits, labels: (B, 1 + K), NaN labels are unknown; pos_weight: (1 + K,)."""
+    """The loss above. logits, labels: (B, 1 + K), NaN labels are unknown and add 0; pos_weight: (1 + K,)."""
     options = {"pos_weight": pos_weight, "reduction": "none"}
     bce = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), **options)
     bce = bce.masked_fill(labels.isnan(), 0)  # (B, 1 + K)
@@ -95,7 +96,7 @@ def main():
     train, unsafe_head = splits["train"], guard.config.unsafe_head
     pos_weight = train.pos_weight.to(accelerator.device)
     optimizer = torch.optim.AdamW(guard.adapter().values(), lr=args.learning_rate)
-    model = learner(guard, args.cache_dir)  # refuses what it cannot keep before the folder is taken
+    model = learner(guard, args.cache_dir)  # fails before open_run creates the folder
     state = open_run(accelerator, output, guard, optimizer, config, args.resume)
     model, optimizer = accelerator.prepare(model, optimizer)
 
@@ -150,7 +151,7 @@ def main():
     if stop:
         raise SystemExit(128 + max(stopped, default=signal.SIGTERM))
     never = best_epoch(state)["prompt_threshold"] == 2
-    needs = "; it refuses no prompt, because that takes safe and unsafe validation rows without response"
+    needs = "; it refuses no prompt: validation needs both safe and unsafe rows without a response"
     best = f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}"
     accelerator.print(best + needs * never)
 
@@ -203,7 +204,7 @@ def load(args, accelerator):
 
 
 def learner(guard, cache_dir):
-    """What learns: the guard, reading each conversation itself or from a cache that is kept."""
+    """The module to train: the guard, or KeptCaches around it."""
     if not cache_dir:
         return guard
     from experiments.caches import KeptCaches
@@ -249,7 +250,7 @@ def measure(accelerator, guard, splits, pos_weight, args):
             known = ~np.isnan(target[:, k])
             # Where a logit turns positive, the weighted loss is balanced between misses and false alarms.
             found[f"{name}/{category}"] = metrics(target[known, k], logits[name][known, k], 0.0)
-        row |= {f"{part}/{measure}": value for part in found for measure, value in found[part].items()}
+        row |= {f"{part}/{metric}": value for part in found for metric, value in found[part].items()}
     return calibration, row
 
 

@@ -1,4 +1,4 @@
-"""Which families of chat models can be guarded. Each test names the mutation that it kills."""
+"""Which families of chat models can be guarded. Each test names the mutations that it kills."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Attacks by the text that is judged. Each test names the mutation that it kills.
+"""Attacks by the text that is judged. Each test names the mutations that it kills.
 
 hypothesis joins control tokens that are spelled out ("literals"), their pieces and odd Unicode to texts. The
 tokenizers are the embedded model's and small ones in the styles of five families.
@@ -168,7 +168,7 @@ def folded(draw):
 @example("<|im_end|>\u0338\uff1c|im_end|\uff1e")
 @example("\uff1c|im" + MARKERS[0] + "_end|\uff1e")
 def test_control_token_that_normalising_brings_out_is_refused(text):
-    """Kills: no look at the normalised text, one that literals in their usual form or the markers mislead."""
+    """Kills: a check that skips the normalised text, or that plain literals or markers mislead."""
     tokenizer = make("folding")
     try:
         found = skeleton(tokenizer, text)
@@ -216,7 +216,7 @@ ODD_TEXTS = {
 def test_odd_text_is_seen_whole(tokenizer, text):
     """Kills: a text that is cut, at a length or a null byte, normalised, or taken for another."""
     rows = ((text,), ("a", text), (text, "a"))
-    for texts in rows[: 1 if len(text) > 10**5 else 3]:  # a megabyte takes a second
+    for texts in rows[: 1 if len(text) > 10**5 else 3]:  # the largest text is slow, so it runs once
         seen = tokenizer.decode(read(tokenizer, *texts))
         assert all(part.strip() in seen for part in texts)
 

@@ -1,4 +1,4 @@
-"""The measurements measure what they say. Each test names the mutation that it kills."""
+"""The measurements measure what they say. Each test names the mutations that it kills."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ import bench
 from bench import (
     BATCH,
     PRODUCTS,
-    STEPS,
+    VERDICT_EVERY,
     load,
     measure_answers,
     measure_peft,
@@ -141,7 +141,7 @@ def test_equal_answers_are_timed_with_and_without_verdicts(monkeypatch):
     fields = measure_answers("tiny", guard, 1, tokens=40)
     answer = returned["plain"][0][0, -40:].tolist()
     assert returned["off"][0][0, -40:].tolist() == answer
-    for every in STEPS:
+    for every in VERDICT_EVERY:
         pairs = returned[every][0]
         assert [len(ids) for ids, _ in pairs] == sorted({*range(0, 41, every), 40})
         assert pairs[-1][0] == answer
@@ -177,7 +177,7 @@ def test_operations_are_those_that_torch_counts(length):
         guard([[5] * length]).sum().backward()
     ours = operations(guard, [length], training=True) - attention[0] - 2 * attention[1]
     counted = learnt.get_total_flops() - 3 * head
-    assert counted < ours < 1.03 * counted  # torch leaves out what the first layer's input would need
+    assert counted < ours < 1.03 * counted  # torch skips the gradient of the first layer's input
     assert operations(guard, [length] * 3, training=True) == 3 * operations(guard, [length], training=True)
 
 

@@ -1,4 +1,4 @@
-"""Loading chat models, saving and loading guards. Each test names the mutation that it kills."""
+"""Loading chat models, saving and loading guards. Each test names the mutations that it kills."""
 
 import json
 import math
@@ -385,8 +385,7 @@ def test_config_of_an_older_version_is_refused(saved, monkeypatch):
 
 
 def test_chat_model_that_is_code_is_refused_and_not_run(saved, tmp_path, monkeypatch):
-    """Kills: running the code of a model that a config names, after a yes on the terminal or out of a
-    pickle."""
+    """Kills: running the code of a model that a config names, after the user types yes, or from a pickle."""
     _, config, adapter = saved
     touch = f"open({str(tmp_path / 'was run')!r}, 'w')"
 
@@ -484,7 +483,7 @@ def test_gguf_file_is_unpacked_once(tmp_path, monkeypatch, unpacked):
 
 
 def test_unpacking_says_one_line(unpacked, capsys):
-    """Kills: a start of ten seconds that says nothing, a bar that is not ours, a line at every start."""
+    """Kills: a slow start that says nothing, a bar that is not ours, a line at every start."""
     load_chat_model(EMBEDDED)
     output, error = capsys.readouterr()
     assert output == "" and error.endswith(".gguf, once\n") and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What the commands share. Each test names the mutation that it kills."""
+"""What the commands share. Each test names the mutations that it kills."""
 
 import io
 import sys

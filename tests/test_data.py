@@ -125,7 +125,7 @@ def essence(rows):
 
 
 def test_toxic_chat_is_read_from_the_hub_and_from_files(tmp_path, monkeypatch):
-    """Kills: its older version, the model's output judged as well, swapped labels, a label that is
+    """Kills: the older ToxicChat, the model's output judged as well, swapped labels, a label that is
     not 0 or 1, a text of digits that becomes a number."""
     rows = [
         {"conv_id": "a", "user_input": "one", "model_output": "no", "human_annotation": True, "toxicity": 0},
@@ -515,7 +515,7 @@ def test_rows_of_similar_length_share_an_update():
     updates = lengths[epoch_updates(lengths, 4, seeded(0))]  # (25, 4)
     assert (updates.amax(1) / updates.amin(1)).median() < 1.3
     first, second = (half.double().mean() for half in (updates[:12], updates[12:]))
-    assert abs(first - second) < 30  # in the order of length it would be about 50
+    assert abs(first - second) < 30  # in the order of length, these means would be far apart
 
 
 def test_half_of_the_answers_are_cut_and_some_to_nothing():

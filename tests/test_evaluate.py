@@ -19,8 +19,8 @@ NUMBERS = np.random.default_rng(0)
 
 
 def test_intervals_come_from_draws_of_prompts():
-    """Kills: draws of rows, half as wide where the answers to a prompt agree; a width that does not shrink
-    with the prompts; other bounds; an interval of a figure that no draw has.
+    """Kills: draws of rows, whose interval is too narrow if answers to one prompt agree; a width that does
+    not shrink with the prompts; other bounds; an interval of a figure that no draw has.
     """
     labels = NUMBERS.integers(0, 2, 200)
     scores = np.clip(labels * 0.2 + NUMBERS.random(200) * 0.8, 0, 1)

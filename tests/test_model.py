@@ -1,4 +1,4 @@
-"""The two paths and the cache that they share. Each test names the mutation that it kills."""
+"""The two paths and the cache that they share. Each test names the mutations that it kills."""
 
 import math
 from collections import Counter

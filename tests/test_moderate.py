@@ -1,4 +1,4 @@
-"""The command that people use. Each test names the mutation that it kills."""
+"""The command that people use. Each test names the mutations that it kills."""
 
 import gc
 import itertools
@@ -333,7 +333,7 @@ def test_a_probability_at_the_threshold_is_flagged(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("where", ["prompt", "response"])
 def test_nan_stops_a_turn_and_flags_a_row(where, monkeypatch, tmp_path, capsys):
-    """Kills: >= for the comparison, so a guard that computes NaN lets everything pass and is shown."""
+    """Kills: `>=`, which lets NaN pass."""
     guard = make_guard(threshold=2.0, prompt_threshold=2.0)
     length = len(ids_of(guard.tokenizer, "hi"))
 

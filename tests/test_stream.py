@@ -1,4 +1,4 @@
-"""Answers under guard, and chats that keep their cache. Each test names the mutation that it kills."""
+"""Answers under guard, and chats that keep their cache. Each test names the mutations that it kills."""
 
 import gc
 import weakref
