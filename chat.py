@@ -111,6 +111,8 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
     ids, stopped = input_ids, False  # (1, T)
     while True:
         new = ids[:, len(past.ids) :]  # (1, tokens that the cache does not hold yet)
+        if "position_ids" in inputs:  # a model whose first layer has no attention would count them wrongly
+            keep["position_ids"] = torch.arange(len(past.ids), ids.shape[1], device=ids.device)[None]
         past.ids = []  # so the next turn reads all again if this pass is interrupted
         output = chat_model(new, past_key_values=past.cache, use_cache=True, **keep)
         past.ids = ids[0].tolist()

@@ -169,6 +169,8 @@ def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=No
     with explain(f"{config_path} is not the config of a guard; train.py writes a new one"):
         saved = json.loads(config_path.read_text())
         config = GuardConfig(**saved["guard"])
+        missing = sorted(asdict(config).keys() - saved["guard"].keys())
+        refuse(missing, f"{config_path} lacks {', '.join(missing)}; train.py writes a whole one")
         if threshold is not None:
             config = replace(config, threshold=threshold, prompt_threshold=threshold)
         base, base_fingerprint = (str(saved["base_model"]), saved["dtype"]), dict(saved["base_fingerprint"])

@@ -75,8 +75,8 @@ def write_json(path, content):
 
 
 def to_json(value):
-    """JSON in one line, with null for NaN, which other languages cannot read."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
+    """JSON in one line, with null for NaN, which other languages cannot read, and dates as text."""
+    return json.dumps(json.loads(json.dumps(value, default=str), parse_constant=lambda _: None))
 
 
 def add_guard_arguments(parser):

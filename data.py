@@ -148,7 +148,8 @@ def conversation(row, where="a row"):
         "`messages` [{role, content}, ...]: a system message if there is one, then user and assistant in turn"
     )
     refuse(not fits, f"{where}: a row needs text as `prompt` and, if it has one, `response`, or {form}")
-    other = [m for m in last if m["content"] and m not in messages[-2:]]
+    turn = messages[-2:] if roles[-1] == "assistant" else messages[-1:]
+    other = [m for m in last if m["content"] and m not in turn]
     refuse(other, f"{where}: `prompt` and `response` are not the last turn of `messages`")
     texts = "".join(m["content"] for m in messages)
     refuse(re.search("[\ud800-\udfff]", texts), f"{where}: half of a surrogate pair is not text")

@@ -164,7 +164,7 @@ class GuardedChat(nn.Module):
 
     def verdict(self, logits, tokens):
         """Logits (1 + K,) of an answer of so many tokens -> Verdict. A saved head is calibrated (runs.py)."""
-        unsafe, *others = logits.double().sigmoid().tolist()
+        unsafe, *others = logits.cpu().double().sigmoid().tolist()
         threshold = self.config.threshold if tokens else self.config.prompt_threshold
         flagged = not unsafe < threshold  # NaN is flagged, so a broken guard cannot let everything pass
         return Verdict(tokens, unsafe, dict(zip(self.config.categories, others, strict=True)), flagged)

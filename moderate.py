@@ -53,17 +53,17 @@ def parse_arguments():
     return args
 
 
-def moderate_turn(guard, messages, past=None, **options):
+def moderate_turn(guard, messages, past=None, max_new_tokens=128, **options):
     """Judge a prompt and answer it: yield (answer so far, Verdict), and stop after the first flagged one.
 
     messages: a conversation up to the prompt. past, options: as for GuardedChat.stream.
     Without room for an answer in the context, only (None, Verdict) on the prompt is yielded.
     """
     ids, _ = encode(guard.tokenizer, messages)
-    if len(ids) + options["max_new_tokens"] > guard.max_tokens:
+    if len(ids) + max_new_tokens > guard.max_tokens:
         yield None, guard.verdict(guard.score([ids])[0], 0)
         return
-    for answer, verdict in guard.stream(ids, past, **options):
+    for answer, verdict in guard.stream(ids, past, max_new_tokens, **options):
         yield whole_characters(guard.tokenizer, answer), verdict
         if verdict.flagged:
             return

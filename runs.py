@@ -1,8 +1,10 @@
-"""The files of a training run. A killed run goes on from them and ends with the same bytes."""
+"""The files of a training run, and the signals that stop it. A stopped or killed run goes on from its files
+and ends with the same bytes."""
 
 import csv
 import io
 import json
+import signal
 from dataclasses import asdict, replace
 
 import torch
@@ -106,3 +108,16 @@ def calibrated(guard, shift, temperature):
     bias = (0 if bias is None else bias.detach()) - shift
     head = {"guard_head.weight": weight / temperature[:, None], "guard_head.bias": bias / temperature}
     return guard.adapter() | head
+
+
+def catch_signals():
+    """A list that Ctrl-C and SIGTERM add their numbers to. A second Ctrl-C ends the process at once."""
+    caught = []
+
+    def catch(number, _):
+        caught.append(number)
+        signal.signal(signal.SIGINT, interrupt)
+
+    interrupt = signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
+    return caught

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from checkpoint import EMBEDDED, build_guard, fingerprint, load_chat_model, use_fast_dtype
-from common import UserError, run
+from common import refuse, run
 from data import BEAVERTAILS, SPLITS, cut_answers, encode_row, epoch_updates, labels, load_splits
 from metrics import calibrate, choose_thresholds, metrics, unsafe_score
 from model import GuardConfig
-from runs import best_epoch, open_run, save_epoch, save_state
+from runs import best_epoch, catch_signals, open_run, save_epoch, save_state
 
 PROMPT_FPR = 0.02  # refuse rarely: a harmful question that passes still meets the answer's verdict
 TRAIN_SAMPLE = 128  # training rows that are scored after each epoch
@@ -116,7 +116,6 @@ def main():
         set_seed(args.seed + update, device_specific=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, total, args.learning_rate)
-
         mean_loss = 0.0
         model.train()
         for batch in rows.view(steps, accelerator.num_processes, -1)[:, accelerator.process_index]:  # (B,)
@@ -129,10 +128,12 @@ def main():
                 optimizer.step()
                 optimizer.zero_grad()
             mean_loss += loss.detach() / steps
-
         # All processes learn of a signal at the same update, so they stop together.
         found = torch.stack([mean_loss, torch.full_like(mean_loss, max(stopped, default=0))])
         mean_loss, stop = accelerator.reduce(found, "mean").tolist()
+        refuse(
+            not math.isfinite(mean_loss), f"update {update + 1} has no finite loss: lower the learning rate"
+        )
         state["update"] = update + 1
         state["losses"].append({"update": update + 1, "epoch": epoch + 1, "loss": mean_loss})
         accelerator.log({"loss": mean_loss}, step=update + 1)
@@ -150,10 +151,9 @@ def main():
     accelerator.end_training()
     if stop:
         raise SystemExit(128 + max(stopped, default=signal.SIGTERM))
-    never = best_epoch(state)["prompt_threshold"] == 2
-    needs = "; it refuses no prompt: validation needs both safe and unsafe rows without a response"
     best = f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}"
-    accelerator.print(best + needs * never)
+    never = "; it refuses no prompt: validation needs safe and unsafe rows without a response"
+    accelerator.print(best + never * (best_epoch(state)["prompt_threshold"] == 2))
 
 
 class Split:
@@ -188,8 +188,8 @@ def load(args, accelerator):
     splits = {s: Split(rows[s], tokenizer, categories, longest.get(s, math.inf)) for s in SPLITS}
     if left_out := splits["train"].left_out:
         accelerator.print(f"left out {left_out} training rows of more than {guard.max_tokens} tokens")
-    if len(splits["train"].labels[:, 0].unique()) < 2:
-        raise UserError("the training rows that fit the context are not both safe and unsafe")
+    one_kind = len(splits["train"].labels[:, 0].unique()) < 2
+    refuse(one_kind, "the training rows that fit the context are not both safe and unsafe")
     for name, split in splits.items():
         content = json.dumps([split.ids, split.labels.tolist()]).encode()
         config["rows"][name] = f"{len(split.ids)}, sha256 {hashlib.sha256(content).hexdigest()}"
@@ -215,19 +215,6 @@ def learner(guard, cache_dir):
 def learning_rate(update, updates, peak):
     """Linear warm-up over the first twentieth of the updates, then linear decay to zero."""
     return peak * min((update + 1) / (updates / 20 + 1), 1) * (1 - update / updates)
-
-
-def catch_signals():
-    """A list that Ctrl-C and SIGTERM add their numbers to. A second Ctrl-C ends the process at once."""
-    caught = []
-
-    def catch(number, _):
-        caught.append(number)
-        signal.signal(signal.SIGINT, interrupt)
-
-    interrupt = signal.signal(signal.SIGINT, catch)
-    signal.signal(signal.SIGTERM, catch)
-    return caught
 
 
 def measure(accelerator, guard, splits, pos_weight, args):

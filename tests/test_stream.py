@@ -101,7 +101,7 @@ def options_of(name, answer):
         "several ends": {"eos_token_id": [answer[12], answer[7], 2]},
         "end at once": {"eos_token_id": answer[0]},
         "minimum": {"min_new_tokens": 11, "eos_token_id": answer[4]},
-        "stop strings": {"stopping_criteria": [StopStringCriteria(tokenizer, readable[:2])]},
+        "stop strings": {"stopping_criteria": [StopStringCriteria(tokenizer, readable[:2] or ["a"])]},
         "forced end": {"forced_eos_token_id": 2},
         "time": {"max_time": 1e-9},
         "criterion": {"stopping_criteria": [lambda ids, scores: torch.tensor([ids.shape[1] >= 31 + 6])]},
