@@ -522,7 +522,7 @@ def test_damaged_kept_model_is_named(tmp_path, unpacked, pattern, damage):
         damage(path)
     with pytest.raises(UserError) as error:
         load_chat_model(EMBEDDED)
-    assert f"delete {kept.parent}" in str(error.value)
+    assert f"unpacked copy in {kept.parent}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
