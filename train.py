@@ -29,7 +29,7 @@ from model import GuardConfig
 from runs import best_epoch, catch_signals, open_run, save_epoch, save_state
 
 PROMPT_FPR = 0.02  # refuse rarely: a harmful question that passes still meets the answer's verdict
-TRAIN_SAMPLE = 128  # training rows that are scored after each epoch
+TRAIN_SAMPLE = 48  # training rows that are scored after each epoch
 NOT_KEPT = ("output_dir", "cache_dir", "resume", "save_steps", "categories", "threshold", "prompt_threshold")
 
 
