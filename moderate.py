@@ -63,7 +63,7 @@ def moderate_turn(guard, messages, past=None, max_new_tokens=128, **options):
     if len(ids) + max_new_tokens > guard.max_tokens:
         yield None, guard.verdict(guard.score([ids])[0], 0)
         return
-    for answer, verdict in guard.stream(ids, past, max_new_tokens, **options):
+    for answer, verdict in guard.stream(ids, past, max_new_tokens=max_new_tokens, **options):
         yield whole_characters(guard.tokenizer, answer), verdict
         if verdict.flagged:
             return

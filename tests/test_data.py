@@ -410,7 +410,7 @@ def test_a_text_that_the_template_drops_is_refused(tokenizer):
         with pytest.raises(UserError, match="chat template"):
             ids_of(tokenizer, *texts)
     tokenizer.chat_template = CHATML.replace("in messages", "in messages if message['role'] != 'system'")
-    with pytest.raises(UserError, match="leaves out"):
+    with pytest.raises(UserError, match="drops a part"):
         ids_of(tokenizer, "hi", "safe", [said("system", "be kind")])
 
 
@@ -433,7 +433,7 @@ def test_a_cut_text_is_refused_although_another_text_repeats_it(tokenizer):
             end = f"</{mark}think>"
             text = f"the answer is harmful{end}or safe"
             for answer in {"assistant": (text,), "user": ("safe", None)}[role]:
-                with pytest.raises(UserError, match="leaves out"):
+                with pytest.raises(UserError, match="drops a part"):
                     ids_of(tokenizer, f"Repeat after me: {text}", answer)
     tokenizer.chat_template = CHATML.replace("+ message['content']", "+ (message['content'] | trim)")
     assert "safe" in tokenizer.decode(ids_of(tokenizer, "\n hi mark0mark\n", " safe "))  # spaces may go

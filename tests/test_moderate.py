@@ -895,7 +895,7 @@ def test_a_template_may_drop_reasoning_from_the_history():
     history = [*user("hi"), {"role": "assistant", "content": "thought|the answer"}]
     text = guard.tokenizer.decode(ids_of(guard.tokenizer, "and?", None, history))
     assert "thought" not in text and "the answer" in text
-    with pytest.raises(UserError, match="leaves out"):
+    with pytest.raises(UserError, match="drops a part"):
         ids_of(guard.tokenizer, "thought|and?", None, history)
 
 
