@@ -321,7 +321,7 @@ def test_a_category_without_positives_and_rows_without_any_train(model_folder, t
 
 
 def test_rows_of_messages_are_learnt_as_the_same_pairs_are(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: a history that training drops a part or cuts, an answer that is learnt without its history."""
+    """Kills: a history that training leaves out or cuts, an answer that is learnt without its history."""
     pairs = [json.loads(line) for line in Path(rows).read_text().splitlines()]
     forward = GuardedChat.forward
     learnt = []
