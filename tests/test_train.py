@@ -145,6 +145,7 @@ def test_half_of_the_answers_are_cut_anew_in_every_epoch(path, model_folder, row
         seen[guard.training].extend(zip(conversations, ends, strict=True))
         return forward(guard, conversations, ends)
 
+    monkeypatch.setattr(train, "TRAIN_SAMPLE", 1000)
     monkeypatch.setattr(GuardedChat, "forward", spy)
     run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, "--epochs=2", "--guard-path", path)
     tokenizer = make_tokenizer()
