@@ -72,6 +72,7 @@ def test_a_saved_guard_gives_the_probabilities_that_were_measured(
         return scores
 
     monkeypatch.setattr(train, "unsafe_score", spy)
+    monkeypatch.setattr(train, "TRAIN_SAMPLE", 1000)  # all rows
     output = tmp_path / "run"
     run(monkeypatch, model_folder, output, "--dataset", rows, "--epochs=2", "--learning-rate=0.003", *options)
     best = max(table(output, "metrics.csv"), key=lambda row: float(row["validation/auprc"]))
