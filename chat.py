@@ -63,10 +63,12 @@ def check_shown(shown, skeleton, messages, exempt):
     """Raise UserError if the template drops part of a text, which the guard would then not see."""
     needed = [n for n, m in enumerate(messages) if m["content"].strip() and not exempt[n]]
     filled = re.sub("mark([0-9]+)mark", lambda mark: messages[int(mark[1])]["content"], skeleton)
-    dropped = any(f"mark{n}mark" not in skeleton for n in needed) or "".join(shown.split()) != "".join(
-        filled.split()
+    missing = any(f"mark{n}mark" not in skeleton for n in needed)
+    differs = "".join(shown.split()) != "".join(filled.split())
+    refuse(
+        missing or differs,
+        "the chat template drops a part of this conversation, so the guard would not see it",
     )
-    refuse(dropped, "the chat template drops a part of this conversation, so the guard would not see it")
 
 
 def check_control_tokens(ids, skeleton_ids, control):

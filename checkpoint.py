@@ -33,11 +33,8 @@ def load_chat_model(name, dtype=None):
     transformers.utils.logging.disable_progress_bar()  # loading is quick; downloads keep their bars
     huggingface_hub.utils.enable_progress_bars()
     advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for an earlier download"
-    advice = (
-        f"if the file is intact, delete its unpacked copy in {HF_ASSETS_CACHE}/lora-guard"
-        if path.suffix == ".gguf"
-        else advice
-    )
+    if path.suffix == ".gguf":
+        advice = f"if the file is intact, delete its unpacked copy in {HF_ASSETS_CACHE}/lora-guard"
     with explain(f"cannot load the chat model {name!r}; {advice}"):
         if path.suffix == ".gguf":
             model, tokenizer = load_gguf(path, dtype or "bfloat16")
@@ -102,15 +99,9 @@ def fingerprint(chat_model, tokenizer):
     fine-tuned in its matrices alone passes for its parent.
     """
     config = chat_model.config.get_text_config()
-    fields = (
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "hidden_act",
-    )
-    fields += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window")
+    fields = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    fields += ("hidden_act", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    fields += ("sliding_window",)
     vectors = [p.detach().to("cpu", torch.bfloat16) for p in chat_model.parameters() if p.ndim == 1]
     parts = {
         "config": json.dumps({field: getattr(config, field, None) for field in fields}).encode(),

@@ -99,18 +99,18 @@ def record(prompt, turn, given=False):
     }
 
 
-def outcome(record):
+def outcome(found):
     """What the guard made of a turn, in one line. Kinds of harm are named only if something is flagged."""
-    stopped, answered = record["stopped"], record["response"] is not None
+    stopped, answered = found["stopped"], found["response"] is not None
     if not (answered or stopped):
         return "[no answer: the context has no room for one]"
-    unsafe = f"{record['response_unsafe_probability' if answered else 'prompt_unsafe_probability']:.3f}"
-    if not record["flagged"]:
+    unsafe = f"{found['response_unsafe_probability' if answered else 'prompt_unsafe_probability']:.3f}"
+    if not found["flagged"]:
         return f"[{unsafe}]"
     what = "refused" if stopped == "prompt" else "flagged"
     if stopped == "response":
-        what = f"stopped after {record['verdicts'][-1][0]} tokens"
-    top = sorted(record["categories"].items(), key=lambda item: -item[1])[:2]
+        what = f"stopped after {found['verdicts'][-1][0]} tokens"
+    top = sorted(found["categories"].items(), key=lambda item: -item[1])[:2]
     kinds = "; ".join(f"{one_line(name).replace('_', ' ').replace(',', ', ')} {p:.2f}" for name, p in top)
     return f"[{what}: harmful {unsafe}{kinds and f' ({kinds})'}]"
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from common import UserError, one_line, write_whole
+from common import explain, refuse, write_whole
 
 
 class KeptCaches(nn.Module):
@@ -29,8 +29,8 @@ class KeptCaches(nn.Module):
         self.guard = guard
         layers = [] if guard.is_full else getattr(self.read(guard.guard_prompt_ids[0].tolist()), "layers", [])
         shapes = {tensor.shape for x in layers if type(x) is DynamicLayer for tensor in (x.keys, x.values)}
-        if len(shapes) != 1 or any(type(layer) is not DynamicLayer for layer in layers):
-            raise UserError("the caches of this guard and chat model cannot be kept: leave out --cache-dir")
+        odd = len(shapes) != 1 or any(type(layer) is not DynamicLayer for layer in layers)
+        refuse(odd, "the caches of this guard and chat model cannot be kept: leave out --cache-dir")
         self.folder = Path(folder) / digest(guard.chat_model)
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -51,20 +51,16 @@ class KeptCaches(nn.Module):
 
         It is read alone, so a file is the same whatever batch it was first needed in.
         """
-        dtype, autocast = (
-            self.guard.chat_model.dtype,
-            torch.is_autocast_enabled(self.guard.guard_prompt_ids.device.type),
-        )
-        key = hashlib.sha256(json.dumps([ids, str(dtype), autocast]).encode()).hexdigest()[:32]
+        dtype = str(self.guard.chat_model.dtype)
+        autocast = torch.is_autocast_enabled(self.guard.guard_prompt_ids.device.type)
+        key = hashlib.sha256(json.dumps([ids, dtype, autocast]).encode()).hexdigest()[:32]
         path = self.folder / f"{key}.safetensors"
         if not path.exists():
             layers = self.read(ids).layers
             row = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])
             write_whole(path, safetensors.torch.save({"cache": row.cpu()}))
-        try:
+        with explain(f"{path} is damaged, delete it", (safetensors.SafetensorError, KeyError)):
             return safetensors.torch.load_file(path)["cache"]
-        except (safetensors.SafetensorError, KeyError) as error:
-            raise UserError(f"{path} is damaged, delete it: {one_line(error)}") from error
 
     @torch.no_grad()
     def read(self, ids):

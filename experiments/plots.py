@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from common import UserError, one_line
+from common import explain
 from metrics import average_precision, curve, reliability
 
 
@@ -72,15 +72,11 @@ def plot_growth(path, found):
 
 def figure_of(*shape, **options):
     """matplotlib's (figure, axes). Raises UserError if it is not installed."""
-    try:
+    with explain("a plot needs matplotlib: pip install matplotlib", ImportError):
         from matplotlib import pyplot
-    except ImportError:
-        raise UserError("a plot needs matplotlib: pip install matplotlib") from None
     return pyplot.subplots(*shape, layout="constrained", **options)
 
 
 def save(figure, path, **options):
-    try:
+    with explain(f"cannot draw {path}", ValueError):  # for a suffix that is not a format
         figure.savefig(path, **options)
-    except ValueError as error:  # a suffix that is not a format
-        raise UserError(f"cannot draw {path}: {one_line(error)}") from error
