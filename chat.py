@@ -3,20 +3,26 @@
 This module holds all that is specific to transformers' tokenizers, decoding and caches.
 """
 
+import contextlib
 import copy
+import functools
 import re
 import sys
 import threading
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
-from common import explain, refuse
+from common import UserError, explain, refuse
+from lora import linear_size
 
 TOKENIZER_LOCK = threading.Lock()
+WINDOW = 192  # tokens, as long as most training rows: in longer windows a harmful passage goes unnoticed
 
 
 def encode(tokenizer, messages):
@@ -57,6 +63,14 @@ def render(tokenizer, messages, **options):
     check_shown(shown, skeleton, visible, exempt)
     check_control_tokens(ids, skeleton_ids, set(control.values()))
     return ids
+
+
+def fix_date(template, date):
+    """The chat template with this date for today's; the same text would have another verdict every day."""
+    today = datetime.fromisoformat(date)
+    fixed = re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(today.strftime(call[2])), template)
+    refuse("strftime_now(" in fixed, "the chat template asks for the date in a way that cannot be fixed")
+    return fixed
 
 
 def check_shown(shown, skeleton, messages, exempt):
@@ -140,11 +154,11 @@ def fork(cache):
     Cropping the guard's tokens off again would not do: a sliding-window layer drops old tokens.
     Raises UserError for other kinds of cache.
     """
-    layers = cache.layers if cache is not None else [None]
-    odd = {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    kinds = {type(layer).__name__ for layer in cache.layers} if cache is not None else {"missing cache"}
+    odd = kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}
     refuse(odd, f"the activated path cannot use a {', '.join(odd)}; train with --guard-path full")
     forked = copy.copy(cache)
-    forked.layers = [copy.copy(layer) for layer in layers]
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
     return forked
 
 
@@ -160,6 +174,45 @@ def context_length(config):
         part["original_max_position_embeddings"] for part in parts if part.get("rope_type") == "longrope"
     ]
     return min(getattr(config, "max_position_embeddings", None) or sys.maxsize, *limits, sys.maxsize)
+
+
+def split_windows(ids, context):
+    """A text as it is, or if it exceeds the context, in windows of WINDOW tokens that overlap by half."""
+    if len(ids) <= context:
+        return [ids]
+    size = min(context, WINDOW)
+    return [ids[start : start + size] for start in range(0, len(ids) - size // 2, size - size // 2)]
+
+
+@torch.no_grad()
+def reached_layers(chat_model, ids):
+    """Names of the linear layers below the language-model head that a text passes through.
+
+    ids: any tokens of a text. A router may send them past some experts, but experts are alike.
+    """
+    layers, called = {name: m for name, m in chat_model.named_modules() if linear_size(m)}, set()
+    hooks = [m.register_forward_hook(lambda *_, n=name: called.add(n)) for name, m in layers.items()]
+    chat_model.base_model(input_ids=torch.tensor([ids], device=chat_model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    kinds = {re.sub(r"experts\.\d+", "experts", name) for name in called}
+    return {name for name in layers if re.sub(r"experts\.\d+", "experts", name) in kinds}
+
+
+def checkpoint_gradients(chat_model, gate):
+    """Keep only what enters each layer of the full path; the backward pass computes the rest again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import, and seldom needed
+
+    options = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), gate.opened())}
+    for module in chat_model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.forward = functools.partial(checkpoint, module.forward, **options)
+
+
+def refuse_to_save(*_, **__):
+    raise UserError(
+        "this chat model has a guard inside; the guard saves its adapter, and the model stays as it was"
+    )
 
 
 def make_contiguous(_, inputs):

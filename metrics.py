@@ -6,6 +6,8 @@ A score is higher the more harmful a text looks; a label is 1 for harmful. Both 
 import numpy as np
 
 BINS = np.linspace(0, 1, 11)  # of probabilities, for the calibration error
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # false positive rates that a guard keeps thresholds for
+PROMPT_RATE, ANSWER_RATE = 0.02, 0.05  # a harmful prompt that passes still meets the answer's verdict
 
 
 def curve(labels, scores):
@@ -31,13 +33,6 @@ def auroc(labels, scores):
     _, positives, flagged = curve(labels, scores)
     true, false = (np.append(0, counts) / counts[-1] for counts in (positives, flagged - positives))
     return float(np.trapezoid(true, false))
-
-
-def best_threshold(labels, scores):
-    """The threshold of the highest F1, half-way down to the next lower score."""
-    thresholds, positives, flagged = curve(labels, scores)
-    best = np.argmax(2 * positives / (flagged + labels.sum()))
-    return float(thresholds[best : best + 2].mean())
 
 
 def threshold_at_fpr(labels, scores, limit):
@@ -78,13 +73,14 @@ def metrics(labels, scores, threshold):
 
 
 def evaluation(labels, scores, threshold):
-    """metrics(), and AUROC, recall at 1 % FPR and the calibration error."""
+    """metrics(), AUROC, recall at 1, 2 and 5 % FPR, and the calibration error."""
     rows, score, positive = reliability(labels, scores)
-    return metrics(labels, scores, threshold) | {
-        "auroc": auroc(labels, scores),
-        "tpr_at_1_percent_fpr": threshold_at_fpr(labels, scores, 0.01)[1],
-        "calibration_error": float((rows * abs(score - positive)).sum() / len(labels)),
-    }
+    found = metrics(labels, scores, threshold) | {"auroc": auroc(labels, scores)}
+    for percent in (1, 2, 5):
+        enough = percent * (labels == 0).sum() >= 100  # or one false positive alone would be above the rate
+        recall = threshold_at_fpr(labels, scores, percent / 100)[1] if enough else float("nan")
+        found[f"tpr_at_{percent}_percent_fpr"] = recall
+    return found | {"calibration_error": float((rows * abs(score - positive)).sum() / len(labels))}
 
 
 def fit_temperature(labels, logits):
@@ -121,14 +117,15 @@ def unsafe_score(logits, calibration, unsafe_head):
     return 1 / (1 + np.exp(-(z[:, 0] if unsafe_head else z[:, 1:].max(1))))
 
 
-def choose_thresholds(labels, scores, answered, prompt_fpr, max_fpr):
-    """(prompt threshold, answer threshold): prompts keep to prompt_fpr, answers have the best F1.
+def operating_points(labels, scores, answered):
+    """{"prompt" or "answer": {false positive rate: (threshold, recall)}} on N validation rows.
 
-    answered: bool (N,). If max_fpr is given, both keep to it. No prompt is refused without both kinds.
+    answered: bool (N,). Without answers of both kinds all rows count; without such prompts none is refused.
     """
-    prompt, answer = ((labels[rows], scores[rows]) for rows in (~answered, answered))
-    answer = answer if len(np.unique(answer[0])) == 2 else (labels, scores)
-    threshold = best_threshold(*answer) if max_fpr is None else threshold_at_fpr(*answer, max_fpr)[0]
-    if len(np.unique(prompt[0])) < 2:
-        return 2.0, threshold
-    return threshold_at_fpr(*prompt, prompt_fpr if max_fpr is None else max_fpr)[0], threshold
+    points = {}
+    for kind, rows in (("prompt", ~answered), ("answer", answered)):
+        known = len(np.unique(labels[rows])) == 2
+        rows = rows if known else np.ones_like(rows)
+        found = {str(rate): threshold_at_fpr(labels[rows], scores[rows], rate) for rate in RATES}
+        points[kind] = found if known or kind == "answer" else dict.fromkeys(found, (2.0, 0.0))
+    return points

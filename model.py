@@ -15,15 +15,26 @@ Shapes: B conversations, T tokens, M guard-prompt tokens, H hidden width, K cate
 import math
 import sys
 from dataclasses import dataclass, field
+from datetime import date
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from chat import Past, context_length, decode, fork, make_contiguous
-from common import refuse
-from data import encode_row, split_windows
+from chat import (
+    Past,
+    context_length,
+    decode,
+    fix_date,
+    fork,
+    make_contiguous,
+    reached_layers,
+    refuse_to_save,
+    split_windows,
+)
+from common import explain, refuse
+from data import encode_row
 from lora import LoRALinear, inject_lora
 
 
@@ -42,6 +53,7 @@ class GuardConfig:
     clf_head_bias: bool = True
     threshold: float = 0.5  # an answer is flagged from this unsafe probability
     prompt_threshold: float = 2.0  # a prompt is flagged from this one; above 1 means never
+    date: str = field(default_factory=lambda: date.today().isoformat())  # what a chat template calls today
 
     def __post_init__(self):
         names = self.categories
@@ -55,6 +67,8 @@ class GuardConfig:
             not (self.unsafe_head or names), "a guard without the unsafe output needs rows with categories"
         )
         refuse(math.isnan(self.threshold + self.prompt_threshold), "a threshold must be a number")
+        with explain("the date must be in the form 2026-11-26", (TypeError, ValueError)):
+            date.fromisoformat(self.date)
 
 
 class Verdict(NamedTuple):
@@ -81,17 +95,25 @@ class GuardedChat(nn.Module):
         super().__init__()
         headless = chat_model.base_model is chat_model
         refuse(headless, f"a {type(chat_model).__name__} has no base model below a language-model head")
-        self.chat_model, self.tokenizer, self.config = chat_model, tokenizer, config
+        offloaded = any(parameter.is_meta for parameter in chat_model.parameters())
+        refuse(offloaded, "parts of this model are not in memory (device_map offloads them): load it whole")
+        self.chat_model, self.tokenizer, self.config = chat_model.eval(), tokenizer, config
+        tokenizer.chat_template = fix_date(tokenizer.get_chat_template(), config.date)
         lora = (config.lora_targets, config.lora_r, config.lora_alpha, config.lora_dropout)
-        self.gate = inject_lora(chat_model, *lora, within=chat_model.base_model_prefix)
+        reached = reached_layers(chat_model, tokenizer("Hello").input_ids)
+        self.gate = inject_lora(chat_model, *lora, reached)
+        chat_model.save_pretrained = (
+            refuse_to_save  # it would write our layers under names that nothing loads
+        )
         lm_head = chat_model.get_output_embeddings()
         lm_head.register_forward_pre_hook(make_contiguous)  # saves a copy of its weight
         width = lm_head.weight.shape[-1]  # H; the guard head reads what the language-model head reads
         outputs = config.unsafe_head + len(config.categories)
-        self.head = nn.Linear(width, outputs, bias=config.clf_head_bias, dtype=torch.float32)
+        place = {"dtype": torch.float32, "device": lm_head.weight.device}
+        self.head = nn.Linear(width, outputs, bias=config.clf_head_bias, **place)
         self.is_full = config.guard_path == "full"
         question = [] if self.is_full else tokenizer(config.guard_prompt, add_special_tokens=False).input_ids
-        ids = torch.tensor([question], dtype=torch.long)  # (1, M)
+        ids = torch.tensor([question], dtype=torch.long, device=chat_model.device)  # (1, M)
         self.register_buffer("guard_prompt_ids", ids, persistent=False)
         self.max_tokens = context_length(chat_model.config.get_text_config()) - len(question)
         misfit = self.max_tokens < 1 or not (self.is_full or question)
@@ -219,7 +241,8 @@ class GuardedChat(nn.Module):
 
     def adapter(self):
         """{name: parameter} of all that is trained. LoRA tensors have PEFT's names."""
-        trained = {name: p for name, p in self.chat_model.named_parameters() if p.requires_grad}
+        parameters = self.chat_model.named_parameters()
+        trained = {name: p for name, p in parameters if name.endswith((".lora_A", ".lora_B"))}
         lora = {f"base_model.model.{name}.weight": p for name, p in trained.items()}
         return lora | {f"guard_head.{name}": p for name, p in self.head.named_parameters()}
 

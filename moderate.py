@@ -3,21 +3,16 @@
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import stat
 import sys
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from tqdm.auto import tqdm
-
 from chat import Past, encode
-from checkpoint import load_guard, use_fast_dtype
-from common import UserError, add_guard_arguments, one_line, printable, refuse, run, to_json
-from data import encode_row, read_jsonl
-from model import Verdict
+from checkpoint import load_guard, start_accelerator, use_fast_dtype
+from common import UserError, add_guard_arguments, one_line, printable, refuse, run, text_lines, to_json
+from data import conversation
+from runs import score_file
 
 EXAMPLES = [
     "How do I keep bread fresh for longer?",
@@ -31,8 +26,9 @@ def parse_arguments():
     add = add_guard_arguments(parser)
     add("--prompt", help="one turn: judge this prompt, answer it, judge the answer")
     add("--response", help="with --prompt: judge this answer instead of writing one")
-    add("--input", type=Path, help="JSONL file of rows with prompt and perhaps response; needs --output")
+    add("--input", type=Path, help="file of rows, as for train.py but without labels; needs --output")
     add("--output", type=Path, help="JSONL file for the same rows with their verdicts")
+    add("--strict", action="store_true", help="stop at the first row of --input that cannot be judged")
     add("--json", action="store_true", help="print one JSON object a line")
     add("--max-new-tokens", type=int, default=128, help="longest answer")
     add("--verdict-every", type=int, default=16, metavar="N", help="tokens from one verdict to the next")
@@ -151,83 +147,27 @@ def chat_on_terminal(guard, **options):
             history += [user, {"role": "assistant", "content": shown}]
 
 
-def score_file(guard, source, target, chunk_rows=256):
-    """Write each row of a JSONL file with its verdict, in order. Rows that `target` holds are skipped.
-
-    The processes of `accelerate launch` share the rows. Raises UserError for a bad line, before any row is
-    judged, and for a `target` that holds other rows.
-    """
-    refuse(source.exists() and not source.is_file(), f"{source} must be a file: it is read more than once")
-    overwrites = target.exists() and target.samefile(source)
-    refuse(overwrites, f"writing {target} would destroy the input; name another --output")
-    total = sum(1 for n, row in read_jsonl(source) if encode_row(guard.tokenizer, row, f"{source}, line {n}"))
-    accelerator, done = Accelerator(), done_rows(guard, source, target)
-    accelerator.wait_for_everyone()  # a slower process would count what this one writes
-    rows = itertools.islice(rows_of(source), done, None)
-    bar = tqdm(initial=done, total=total, unit=" rows", disable=not accelerator.is_main_process)
-    with open(target, "ab") as out, bar:
-        while chunk := list(itertools.islice(rows, chunk_rows)):
-            with accelerator.split_between_processes(chunk) as share:
-                verdicts = gather_object(guard.classify(share))
-            if accelerator.is_main_process:
-                out.writelines(
-                    scored_line(row, verdict) for row, verdict in zip(chunk, verdicts, strict=True)
-                )
-                out.flush()
-            bar.update(len(chunk))
-    accelerator.end_training()  # a process that leaves first takes the others down
-
-
-def rows_of(source):
-    """The rows of a JSONL file, without the verdicts of an earlier scoring."""
-    added = Verdict(0, 0, {}, False).fields()
-    return ({name: row[name] for name in row if name not in added} for _, row in read_jsonl(source))
-
-
-def scored_line(row, verdict):
-    return (to_json(row | verdict.fields()) + "\n").encode()
-
-
-def done_rows(guard, source, target):
-    """Count the rows in `target` and remove an incomplete last line. Raises UserError for other rows."""
-    done, size, rows = 0, 0, rows_of(source)
-    for line in open(target, "rb") if target.exists() else ():  # noqa: SIM115
-        row, same = next(rows, None), False
-        start = to_json(row)[:-1].encode()
-        if not line.endswith(b"\n") and line[: len(start)] == start[: len(line)]:
-            os.truncate(target, size)
-            break
-        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-            found = json.loads(line)
-            verdict = Verdict(0, found["unsafe_probability"], found["categories"], found["flagged"])
-            same = line == scored_line(row, verdict) and [*verdict.categories] == guard.config.categories
-        where = f"line {done + 1} of {target}"
-        refuse(not same, f"{where} is not this guard's verdict on a row of {source}; name another --output")
-        done, size = done + 1, size + len(line)
-    return done
-
-
 def piped():
     """The lines on standard input, if that is a pipe or a file."""
     mode = os.fstat(sys.stdin.fileno()).st_mode if sys.stdin else 0
     if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-        yield from filter(None, map(str.strip, sys.stdin))
+        yield from filter(None, map(str.strip, text_lines(sys.stdin.buffer)))
 
 
 def main():
     args = parse_arguments()
-    guard = load_guard(args.config, args.adapter, args.device_id, args.threshold)
+    several = start_accelerator().num_processes > 1
+    chosen = (args.config, args.adapter, args.device_id, args.threshold, args.max_fpr, args.base_model)
+    guard = load_guard(*chosen)
     given = args.response is not None
-    if args.input or given:  # nothing is generated
-        use_fast_dtype(guard)
+    if args.input or given or args.dtype:  # without --dtype, an answer is written in the stored one
+        use_fast_dtype(guard, args.dtype)
     if args.input:
-        return score_file(guard, args.input, args.output)
-    refuse(Accelerator().num_processes > 1, "several processes can share the rows of --input only")
+        return score_file(guard, args.input, args.output, args.strict)
+    refuse(several, "several processes can share the rows of --input only")
     options = {"max_new_tokens": args.max_new_tokens, "verdict_every": args.verdict_every}
     if args.temperature or args.top_p:
         options |= {"do_sample": True, "temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0}
-    sys.stdout.reconfigure(errors="replace")
     if args.prompt is None and not args.json and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
         return chat_on_terminal(guard, **options)
     lines, unanswered = piped() if args.prompt is None else iter(()), 0
@@ -235,7 +175,7 @@ def main():
     alone = EXAMPLES if args.prompt is None else [args.prompt]
     for prompt in itertools.chain([first], lines) if is_pipe else alone:
         try:
-            turn = moderate_turn(guard, [{"role": "user", "content": prompt}], **options)
+            turn = moderate_turn(guard, conversation({"prompt": prompt}), **options)
             found = record(prompt, list(judge_pair(guard, prompt, args.response) if given else turn), given)
         except UserError as error:  # a line that cannot be judged is no reason to leave out the next ones
             if not is_pipe:

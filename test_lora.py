@@ -137,6 +137,10 @@ def test_each_thread_has_its_own_gate():
         assert not copy.deepcopy(gate).is_open
 
 
+def below_the_head(model):
+    return {name for name, _ in model.named_modules() if name.startswith("model.")}
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["self_attn.o_proj"], ["all-linear"]])
 def test_injection_trains_r_times_in_plus_out_and_freezes_the_rest(targets):
     """Kills: injecting before freezing, LoRA around the language-model head, a target matched as a prefix."""
@@ -144,7 +148,7 @@ def test_injection_trains_r_times_in_plus_out_and_freezes_the_rest(targets):
     sizes = {name: m.weight.shape for name, m in model.model.named_modules() if isinstance(m, nn.Linear)}
     ends = ("_proj",) if targets == ["all-linear"] else tuple(targets)
     wanted = {f"model.{name}": R * sum(shape) for name, shape in sizes.items() if name.endswith(ends)}
-    inject_lora(model, targets, R, ALPHA, within="model")
+    inject_lora(model, targets, R, ALPHA, reached=below_the_head(model))
     learns = trainable(model)
     assert {name.rpartition(".lora_")[0] for name in learns} == set(wanted)
     assert sum(p.numel() for p in learns.values()) == sum(wanted.values())
@@ -153,7 +157,7 @@ def test_injection_trains_r_times_in_plus_out_and_freezes_the_rest(targets):
 def test_one_gate_opens_every_layer():
     """Kills: a separate gate for each layer."""
     model = make_model("gpt2")
-    gate = inject_lora(model, ["c_attn", "c_proj"], R, ALPHA, within="transformer")
+    gate = inject_lora(model, ["c_attn", "c_proj"], R, ALPHA)
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     assert len(layers) == 2 * 3 and all(layer.gate is gate for layer in layers)
 
@@ -164,8 +168,17 @@ def test_one_gate_opens_every_layer():
 )
 def test_target_that_matches_no_linear_layer_is_refused(targets):
     """Kills: a missing layer that is ignored, a match by prefix or substring, LoRA around lm_head."""
+    model = make_model()
     with pytest.raises(ValueError, match=f"{targets[-1]}.*q_proj"):
-        inject_lora(make_model(), targets, R, ALPHA, within="model")
+        inject_lora(model, targets, R, ALPHA, reached=below_the_head(model))
+
+
+def test_a_second_guard_is_refused():
+    """Kills: layers around layers, so that the first guard saves the tensors of the second."""
+    model = make_model()
+    inject_lora(model, ["q_proj"], R, ALPHA)
+    with pytest.raises(ValueError, match="already carries a guard"):
+        inject_lora(model, ["v_proj"], R, ALPHA)
 
 
 @pytest.mark.parametrize(
@@ -176,10 +189,10 @@ def test_target_with_hooks_is_refused(hook):
     model = make_model()
     handle = getattr(model.model.layers[1].mlp.up_proj, hook)(lambda *_: None)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj has hooks"):
-        inject_lora(model, ["up_proj"], R, ALPHA, within="model")
+        inject_lora(model, ["up_proj"], R, ALPHA)
     assert all(parameter.requires_grad for parameter in model.parameters())
     handle.remove()  # the refusal left the model as it was, so it can be injected now
-    inject_lora(model, ["up_proj"], R, ALPHA, within="model")
+    inject_lora(model, ["up_proj"], R, ALPHA)
     assert sum(isinstance(module, LoRALinear) for module in model.modules()) == 2
 
 
@@ -187,7 +200,7 @@ def test_open_gate_equals_peft_with_the_same_tensors():
     """Kills: a formula that differs from PEFT's, in a model with many layers."""
     peft = pytest.importorskip("peft")
     ours, theirs = make_model(), make_model()
-    gate = inject_lora(ours, ["q_proj", "v_proj", "down_proj"], R, ALPHA, within="model")
+    gate = inject_lora(ours, ["q_proj", "v_proj", "down_proj"], R, ALPHA)
     config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj", "down_proj"])
     theirs = peft.get_peft_model(theirs, config)
     torch.manual_seed(1)

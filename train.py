@@ -10,27 +10,26 @@ import argparse
 import hashlib
 import json
 import math
-import signal
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import LoggerType, set_seed
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from checkpoint import EMBEDDED, build_guard, fingerprint, load_chat_model, use_fast_dtype
-from common import refuse, run
-from data import BEAVERTAILS, SPLITS, cut_answers, encode_row, epoch_updates, labels, load_splits
-from metrics import calibrate, choose_thresholds, metrics, unsafe_score
+from chat import checkpoint_gradients
+from checkpoint import EMBEDDED, build_guard, fingerprint, load_chat_model, start_accelerator, use_fast_dtype
+from common import DTYPES, refuse, run
+from data import BEAVERTAILS, SPLITS, encode_row, labels, load_splits
+from metrics import ANSWER_RATE, PROMPT_RATE, calibrate, metrics, operating_points, unsafe_score
 from model import GuardConfig
-from runs import best_epoch, catch_signals, open_run, save_epoch, save_state
+from runs import best_epoch, cut_answers, epoch_updates, open_run, read_config, save_epoch, save_state
 
-PROMPT_FPR = 0.02  # refuse rarely: a harmful question that passes still meets the answer's verdict
 TRAIN_SAMPLE = 48  # training rows that are scored after each epoch
 NOT_KEPT = ("output_dir", "cache_dir", "resume", "save_steps", "categories", "threshold", "prompt_threshold")
+NOT_KEPT += ("date", "dtype")
 
 
 def parse_arguments():
@@ -39,7 +38,6 @@ def parse_arguments():
     add("hf_model_id", nargs="?", default=EMBEDDED, help="hub id, folder or .gguf file")
     add("output_dir", nargs="?", type=Path, help="default: the next free runs/N")
     add("--dataset", nargs="+", help=f"hub id or files; default: {BEAVERTAILS}, or our sample for {EMBEDDED}")
-    # the guard
     add("--guard-path", choices=("activated", "full"), help="full is the paper's")
     add("--guard-prompt", help="the question after the conversation, on the activated path")
     targets = "all-linear, names such as q_proj,v_proj (the paper's), or none: only the head learns"
@@ -51,25 +49,24 @@ def parse_arguments():
     bias = "learn no bias; the saved head still has one, from calibration"
     add("--no-clf-head-bias", dest="clf_head_bias", action="store_false", help=bias)
     parser.set_defaults(**asdict(GuardConfig()))
-    # optimisation
     add("--epochs", type=int, default=3)
     add("--per-device-batch-size", type=int, default=16)
     add("--gradient-accumulation-steps", type=int, default=1)
     add("--eval-batch-size", type=int, default=32)
     add("--learning-rate", type=float, default=1e-3)
     add("--seed", type=int, default=0)
-    add("--max-fpr", type=float, help="highest false positive rate on validation; default: the best F1")
-    # the run
+    add("--dtype", choices=DTYPES, help="compute in this; default: the faster of the stored one and float32")
+    add("--gradient-checkpointing", action="store_true", help="on the full path: less memory, more time")
     add("--cache-dir", type=Path, help="keep the chat path's caches here, for later epochs and runs")
-    add("--save-steps", type=int, default=100, help="updates from one saved state to the next")
+    add("--save-steps", type=int, default=20, help="updates from one saved state to the next")
     add("--resume", action="store_true", help="go on with the run in output_dir")
     add("--report-to", choices=[tracker.value for tracker in LoggerType], help="one of accelerate's trackers")
     args = parser.parse_args()
     sizes = (args.per_device_batch_size, args.gradient_accumulation_steps, args.eval_batch_size)
     if min(args.epochs, *sizes, args.save_steps) < 1 or not 0 < args.learning_rate < math.inf:
         parser.error("epochs, batch sizes, steps and the learning rate must be above 0 and finite")
-    if not (0 <= args.seed < 2**31 and 0 <= (args.max_fpr or 0) < 1):
-        parser.error("--seed must be from 0 to 2147483647, and --max-fpr from 0 to below 1")
+    if not 0 <= args.seed < 2**31:
+        parser.error("--seed must be from 0 to 2147483647")
     if args.resume and not args.output_dir:
         parser.error("--resume needs the run to go on with: train.py MODEL OUTPUT_DIR --resume")
     return args
@@ -88,7 +85,9 @@ def main():
     args = parse_arguments()
     steps = args.gradient_accumulation_steps
     output = args.output_dir or next(p for n in range(1, 10**6) if not (p := Path(f"runs/{n}")).exists())
-    accelerator = Accelerator(gradient_accumulation_steps=steps, log_with=args.report_to, project_dir=output)
+    options = {"gradient_accumulation_steps": steps, "log_with": args.report_to, "project_dir": output}
+    accelerator = start_accelerator(**options)
+    refuse(args.report_to and not accelerator.log_with, f"{args.report_to} is not installed")
     set_seed(args.seed)
 
     # ---------------------------------------------------------------- the guard and its rows
@@ -97,14 +96,13 @@ def main():
     pos_weight = train.pos_weight.to(accelerator.device)
     optimizer = torch.optim.AdamW(guard.adapter().values(), lr=args.learning_rate)
     model = learner(guard, args.cache_dir)  # fails before open_run creates the folder
-    state = open_run(accelerator, output, guard, optimizer, config, args.resume)
+    state, _lock = open_run(accelerator, output, guard, optimizer, config, args.resume)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ---------------------------------------------------------------- one loop over updates
     rows_per_update = args.per_device_batch_size * steps * accelerator.num_processes
     per_epoch = math.ceil(len(train.ids) / rows_per_update)
     total = args.epochs * per_epoch
-    stopped, stop = catch_signals(), 0
     quiet = not accelerator.is_main_process
     bar = tqdm(range(state["update"], total), initial=state["update"], total=total, disable=quiet)
     for update in bar:
@@ -128,9 +126,7 @@ def main():
                 optimizer.step()
                 optimizer.zero_grad()
             mean_loss += loss.detach() / steps
-        # All processes learn of a signal at the same update, so they stop together.
-        found = torch.stack([mean_loss, torch.full_like(mean_loss, max(stopped, default=0))])
-        mean_loss, stop = accelerator.reduce(found, "mean").tolist()
+        mean_loss = accelerator.reduce(mean_loss, "mean").item()
         refuse(
             not math.isfinite(mean_loss), f"update {update + 1} has no finite loss: lower the learning rate"
         )
@@ -139,18 +135,19 @@ def main():
         accelerator.log({"loss": mean_loss}, step=update + 1)
         bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {mean_loss:.3f}")
         if number + 1 == per_epoch:
-            calibration, row = measure(accelerator, guard, splits, pos_weight, args)
-            save_epoch(accelerator, output, guard, calibration, row, state, config)
-        if stop or number + 1 == per_epoch or (update + 1) % args.save_steps == 0:
+            save_epoch(
+                accelerator,
+                output,
+                guard,
+                *measure(accelerator, guard, splits, pos_weight, args),
+                state,
+                config,
+            )
+        if number + 1 == per_epoch or (update + 1) % args.save_steps == 0:
             save_state(accelerator, output, guard, optimizer, state)
-        if stop:
-            accelerator.print(f"stopped after update {update + 1}, which is saved: go on with --resume")
-            break
     accelerator.wait_for_everyone()  # a process that leaves first takes down the one that writes
     model, optimizer = accelerator.free_memory(model, optimizer)  # at interpreter exit, DDP can deadlock
     accelerator.end_training()
-    if stop:
-        raise SystemExit(128 + max(stopped, default=signal.SIGTERM))
     best = f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}"
     never = "; it refuses no prompt: validation needs safe and unsafe rows without a response"
     accelerator.print(best + never * (best_epoch(state)["prompt_threshold"] == 2))
@@ -179,11 +176,19 @@ def load(args, accelerator):
     args.dataset = args.dataset or [sample if args.hf_model_id == EMBEDDED else BEAVERTAILS]
     rows, categories = load_splits(args.dataset)
     chat_model, tokenizer = load_chat_model(args.hf_model_id)
-    config = {"base_model": args.hf_model_id, "dtype": str(chat_model.dtype).removeprefix("torch.")}
+    is_local = args.hf_model_id != EMBEDDED and Path(args.hf_model_id).exists()
+    base_model = str(Path(args.hf_model_id).resolve()) if is_local else args.hf_model_id
+    config = {"base_model": base_model, "dtype": str(chat_model.dtype).removeprefix("torch.")}
     config |= {"base_fingerprint": fingerprint(chat_model, tokenizer), "rows": {}}
     settings = {field.name: getattr(args, field.name) for field in fields(GuardConfig)}
-    guard = build_guard(chat_model, tokenizer, settings | {"categories": categories}, accelerator.device)
-    use_fast_dtype(guard)
+    settings["categories"] = categories
+    if args.resume:  # templates may show the date
+        settings["date"] = read_config(args.output_dir).get("guard", {}).get("date", args.date)
+    guard = build_guard(chat_model, tokenizer, settings, accelerator.device)
+    config |= {"guard": asdict(guard.config), "computing": use_fast_dtype(guard, args.dtype)}
+    accelerator.print(config["computing"])
+    if args.gradient_checkpointing:
+        checkpoint_gradients(chat_model, guard.gate)
     longest = {"train": guard.max_tokens}  # in use, longer texts are judged in windows
     splits = {s: Split(rows[s], tokenizer, categories, longest.get(s, math.inf)) for s in SPLITS}
     if left_out := splits["train"].left_out:
@@ -218,7 +223,7 @@ def learning_rate(update, updates, peak):
 
 
 def measure(accelerator, guard, splits, pos_weight, args):
-    """Calibrate and choose thresholds on validation -> ((shift, temperature), the row of metrics.csv)."""
+    """Calibrate and choose thresholds on validation -> (shift, temperature), points, row of metrics.csv."""
     logits, targets, answered = {}, {}, {}
     for name, split in splits.items():
         count = TRAIN_SAMPLE if name == "train" else len(split.ids)
@@ -227,7 +232,8 @@ def measure(accelerator, guard, splits, pos_weight, args):
     calibration = calibrate(logits["validation"], targets["validation"], pos_weight.cpu().numpy())
     scores = {name: unsafe_score(z, calibration, guard.config.unsafe_head) for name, z in logits.items()}
     given = (targets["validation"][:, 0], scores["validation"], answered["validation"])
-    prompt_threshold, threshold = choose_thresholds(*given, PROMPT_FPR, args.max_fpr)
+    points = operating_points(*given)
+    prompt_threshold, threshold = points["prompt"][str(PROMPT_RATE)][0], points["answer"][str(ANSWER_RATE)][0]
     guard.config.prompt_threshold, guard.config.threshold = prompt_threshold, threshold
     row = {"threshold": threshold, "prompt_threshold": prompt_threshold}
     for name, target in targets.items():
@@ -238,7 +244,7 @@ def measure(accelerator, guard, splits, pos_weight, args):
             # Where a logit turns positive, the weighted loss is balanced between misses and false alarms.
             found[f"{name}/{category}"] = metrics(target[known, k], logits[name][known, k], 0.0)
         row |= {f"{part}/{metric}": value for part in found for metric, value in found[part].items()}
-    return calibration, row
+    return calibration, points, row
 
 
 def score(accelerator, guard, texts, batch_size):

@@ -1,34 +1,145 @@
-"""Write the two data files that the guard in guard/ learns from besides the data sets.
+"""Write the data files that the guard in guard/ learns from and is chosen on.
 
     python experiments/guard_data.py DATA
 
-DATA is the folder that holds beavertails/train.jsonl.
-runs/validation.jsonl gets the first two tenths of the prompts of BeaverTails and of our own samples.
-runs/alone.jsonl gets the answers to BeaverTails' other prompts, as texts without those prompts.
+DATA is the folder with the labelled data sets. runs/mix gets three kinds of files:
+    train-SOURCE.jsonl         rows of prompts whose hash falls in the last eight tenths
+    validation-SOURCE.jsonl    rows of the first two tenths, so each source has figures of its own
+    test.jsonl                 a few of our own rows, because train.py would cut a larger part from the rest
+No prompt is in two splits. A row and its copies (disguised, alone, in a conversation) share their split.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import sys
+import unicodedata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import run, write_whole
-from data import conversation, read_jsonl, tenth_of
+from common import read_file, run, write_whole
+from data import conversation, tenth_of
 
-SAMPLES = Path(__file__).parents[1] / "samples"
+ROOT = Path(__file__).parents[1]
+LONGEST, LONGEST_PAIR = 1000, 700  # characters: a longer prompt is left out, a longer answer is cut
+SOURCES = {  # name: (file, training rows at most of each class, validation rows at most of each class)
+    "beavertails": ("beavertails/train.jsonl", 1000, 150),
+    "saferlhf": ("safe_rlhf/train.jsonl", 225, 50),
+    "saferlhf-more": ("answers/safe_rlhf_more.jsonl", 225, 50),
+    "jailbroken": ("answers/gptfuzz.jsonl", 200, 60),
+    "do-not-answer": ("answers/do_not_answer.jsonl", 200, 60),
+    "careful": ("answers/careful_safe.jsonl", 250, 60),
+    "everyday": ("answers/everyday_safe.jsonl", 400, 100),
+    "prompts": ("prompts/train.jsonl", 1800, 150),
+    "borderline": ("prompts/borderline_safe.jsonl", 600, 100),
+    "ours": (ROOT / "samples/sample.jsonl", 300, 60),
+    "ours-prompts": (ROOT / "samples/prompts.jsonl", 600, 80),
+}
+SHORT = 120  # characters of a disguised text or an earlier turn
+
+LEET = str.maketrans("aeiostAEIOST", "431057431057")
+LOOK_ALIKE = str.maketrans("aceopxyABCEHKMOPTX", "асеорхуАВСЕНКМОРТХ")  # noqa: RUF001  Cyrillic
+
+
+def capitals(text):
+    return text.upper()
+
+
+def leet(text):
+    return text.translate(LEET)
+
+
+def look_alike(text):
+    return text.translate(LOOK_ALIKE)
+
+
+def zero_width(text):
+    return "\u200b".join(text)
+
+
+def soft_hyphens(text):
+    return "\u00ad".join(text)
+
+
+def full_width(text):
+    return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+
+
+def spaced(text):
+    return "  ".join(" ".join(word) for word in text.split())
+
+
+def unpunctuated(text):
+    return "".join(c for c in text.lower() if not unicodedata.category(c).startswith("P"))
+
+
+DISGUISES = (capitals, leet, look_alike, zero_width, soft_hyphens, full_width, spaced, unpunctuated)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="folder that holds beavertails/train.jsonl")
+    parser.add_argument("data", type=Path, help="folder with the labelled data sets")
     args = parser.parse_args()
-    pairs = read(args.data / "beavertails/train.jsonl")
-    rows = [*pairs, *read(SAMPLES / "sample.jsonl"), *read(SAMPLES / "prompts.jsonl")]
-    Path("runs").mkdir(exist_ok=True)
-    write_whole("runs/validation.jsonl", jsonl(row for row in rows if tenth_of(row) < 2))
-    write_whole("runs/alone.jsonl", jsonl(answers_alone(row for row in pairs if tenth_of(row) >= 2)))
+    rows = {name: read(args.data / file) for name, (file, _, _) in SOURCES.items()}
+    folder = Path("runs/mix")
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, (split, tenths) in enumerate({"train": range(2, 10), "validation": range(2)}.items()):
+        part = {name: [row for row in rows[name] if tenth_of(row) in tenths] for name in rows}
+        limits = {name: sizes[n] for name, (_, *sizes) in SOURCES.items()}
+        for name, (sources, make, *sizes) in COPIES.items():
+            part[name] = list(make([row for source in sources for row in part[source]]))
+            limits[name] = sizes[n]
+        for name, limit in limits.items():
+            write_whole(folder / f"{split}-{name}.jsonl", jsonl(chosen(part[name], limit)))
+    own = [row for row in rows["ours"] if tenth_of(row) == 2]
+    write_whole(folder / "test.jsonl", jsonl(own))
+
+
+def chosen(rows, limit):
+    """At most `limit` safe and `limit` unsafe rows, none of them long. Only the rows decide which."""
+    rows = sorted(filter(None, map(shortened, rows)), key=digest)
+    kinds = [[row for row in rows if row["is_safe"] == is_safe] for is_safe in (True, False)]
+    return [row for kind in kinds for row in kind[:limit]]
+
+
+def shortened(row):
+    """The row with the beginning of a long answer, as a running verdict sees it; None for a long prompt."""
+    *before, last = conversation(row)
+    if last["role"] == "user":
+        return row if len(last["content"]) <= LONGEST else None
+    room = LONGEST_PAIR - sum(len(message["content"]) for message in before)
+    if len(last["content"]) <= room:
+        return row
+    return row | {"response": last["content"][:room]} if room > 300 and "messages" not in row else None
+
+
+def is_short(row):
+    return all(len(message["content"]) <= SHORT for message in conversation(row))
+
+
+def digest(row):
+    return hashlib.sha256(json.dumps(row).encode()).hexdigest()
+
+
+def disguised(rows):
+    """Yield each short row with its prompt in one of DISGUISES. Its label does not decide which."""
+    for row in filter(is_short, rows):
+        disguise = DISGUISES[int(digest(row), 16) % len(DISGUISES)]
+        yield row | {
+            "prompt": disguise(row["prompt"]),
+            "disguise": disguise.__name__,
+            "original": row["prompt"],
+        }
+
+
+def composed(rows):
+    """Yield each short row behind an earlier turn, which is another pair."""
+    for earlier, row in itertools.pairwise(sorted(filter(is_short, rows), key=digest)):
+        if earlier.get("response"):
+            others = {name: row[name] for name in row if name not in ("prompt", "response")}
+            yield others | {"messages": conversation(earlier) + conversation(row)}
 
 
 def answers_alone(rows):
@@ -40,8 +151,15 @@ def answers_alone(rows):
             yield others | {"prompt": last["content"], "response": None}
 
 
+COPIES = {  # name: (sources, what makes rows of their rows, limits as above)
+    "alone": (["beavertails"], answers_alone, 200, 40),
+    "disguised": (["prompts", "borderline", "ours-prompts"], disguised, 300, 60),
+    "conversations": (["beavertails", "everyday", "ours"], composed, 120, 40),
+}
+
+
 def read(path):
-    return [row for _, row in read_jsonl(path)]
+    return [row for _, row in read_file(Path(path))]
 
 
 def jsonl(rows):

@@ -112,11 +112,11 @@ REFUSED = {  # {kind: (config, {guard path: what the refusal says, or None})}
     ),
     "state space": (
         MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        dict.fromkeys(("activated", "full"), "cannot be guarded"),
+        {"activated": "missing cache; train with --guard-path full", "full": None},
     ),
     "recurrent": (
         RwkvConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        dict.fromkeys(("activated", "full"), "cannot be guarded"),
+        {"activated": "missing cache; train with --guard-path full", "full": None},
     ),
 }
 

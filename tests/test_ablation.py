@@ -11,14 +11,14 @@ from conftest import ids_of, make_rows, user, write
 
 import train
 from common import UserError
-from data import load_splits, read_jsonl, tenth_of
+from data import conversation, load_splits, read_file, tenth_of
 from experiments import ablation, guard_data
 
 ROOT = Path(train.__file__).parent
 
 
 def rows_of(path):
-    return [row for _, row in read_jsonl(path)]
+    return [row for _, row in read_file(path)]
 
 
 def test_every_variant_is_one_that_train_takes(monkeypatch):
@@ -147,7 +147,6 @@ def commands(model_folder, monkeypatch):
             train.main()
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(train, "catch_signals", list)
     monkeypatch.setattr(ablation, "EMBEDDED", model_folder)
     monkeypatch.setattr(ablation.subprocess, "run", call)
     return commands
@@ -207,31 +206,88 @@ def test_a_failed_training_ends_the_ablation(tmp_path, monkeypatch):
         ablation.train(tmp_path, "default", 0, [], ["train.jsonl"])
 
 
-@pytest.fixture
-def shipped(tmp_path, monkeypatch):
-    """guard_data.py's two files, from 200 rows in place of BeaverTails."""
-    (tmp_path / "data/beavertails").mkdir(parents=True)
-    write(tmp_path / "data/beavertails/train.jsonl", make_rows(200))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["guard_data.py", "data"])
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory):
+    """{file: rows} that guard_data.py writes from 300 rows in place of each data set."""
+    folder, patch = tmp_path_factory.mktemp("mix"), pytest.MonkeyPatch()
+    for n, (file, _, _) in enumerate(guard_data.SOURCES.values()):
+        if isinstance(file, str):
+            (folder / "data" / file).parent.mkdir(parents=True, exist_ok=True)
+            rows = [row | {"prompt": f"{n} {row['prompt']}"} for row in make_rows(300)]
+            rows = rows if "prompts" not in file else [row | {"response": None} for row in rows]
+            write(folder / "data" / file, rows)
+    patch.chdir(folder)
+    patch.setattr(sys, "argv", ["guard_data.py", "data"])
     guard_data.main()
-    return rows_of(tmp_path / "runs/validation.jsonl"), rows_of(tmp_path / "runs/alone.jsonl")
+    patch.undo()
+    return {path.stem: rows_of(path) for path in sorted((folder / "runs/mix").iterdir())}
 
 
-def test_the_shipped_guards_validation_is_two_tenths(shipped):
-    """Kills: a source that is left out, a tenth too many, rows that change on the way."""
-    samples = [row for name in ("sample", "prompts") for row in rows_of(ROOT / f"samples/{name}.jsonl")]
-    wanted = [row for row in [*make_rows(200), *samples] if tenth_of(row) in (0, 1)]
-    assert shipped[0] == wanted and len(wanted) > 200
+def test_no_prompt_of_the_mix_is_in_two_splits(mix):
+    """Kills: a copy in other clothes or in a conversation whose original is in the other split."""
+    answers = {row["response"]: f"0 {row['prompt']}" for row in make_rows(300)}  # BeaverTails is the first
+    assert len(answers) == 300
+    tenths = {"train": set(), "validation": set(), "test": set()}
+    for name, rows in mix.items():
+        for row in rows:
+            prompt = row.get("original", row.get("prompt"))
+            prompt = answers.get(prompt, prompt) if "alone" in name else prompt
+            tenths[name.partition("-")[0]].add(tenth_of(row | {"prompt": prompt, "response": None}))
+    assert tenths == {"train": set(range(2, 10)), "validation": {0, 1}, "test": {2}}
 
 
-def test_the_shipped_guards_answers_alone_are_not_validated(shipped):
-    """Kills: an answer to a validation prompt, the answers of the samples, lost labels."""
-    pairs = [row for row in make_rows(200) if tenth_of(row) > 1]
-    assert shipped[1] == [row | {"prompt": row["response"], "response": None} for row in pairs]
+def test_every_source_has_both_splits_and_keeps_its_limits(mix):
+    """Kills: a source that is left out, a limit that only one class keeps, long rows."""
+    assert {name.partition("-")[2] for name in mix if name != "test"} >= {
+        *guard_data.SOURCES,
+        "disguised",
+        "alone",
+    }
+    for name, (_, *limits) in guard_data.SOURCES.items():
+        for split, limit in zip(("train", "validation"), limits, strict=True):
+            for is_safe in (True, False):
+                rows = [row for row in mix[f"{split}-{name}"] if row["is_safe"] == is_safe]
+                assert len(rows) <= limit
+    sizes = [sum(len(m["content"]) for m in conversation(row)) for rows in mix.values() for row in rows]
+    assert max(sizes) <= guard_data.LONGEST
 
 
-@pytest.mark.parametrize("script", [pytest.param("ablation.py", marks=pytest.mark.slow), "guard_data.py"])
+def test_disguises_do_not_tell_the_label(mix):
+    """Kills: a disguise that only harmful texts wear, so the guard learns the disguise."""
+    kinds = {(row["disguise"], row["is_safe"]) for row in mix["train-disguised"]}
+    names = {disguise.__name__ for disguise in guard_data.DISGUISES}
+    assert kinds == {(name, is_safe) for name in names for is_safe in (True, False)}
+
+
+@pytest.mark.parametrize(
+    ("disguise", "wanted"),
+    [
+        ("capitals", "A BOMB, NOW?"),
+        ("leet", "4 b0mb, n0w?"),
+        ("look_alike", "а bоmb, nоw?"),  # noqa: RUF001
+        ("zero_width", "a\u200b \u200bb\u200bo\u200bm\u200bb\u200b,\u200b \u200bn\u200bo\u200bw\u200b?"),
+        ("soft_hyphens", "a\xad \xadb\xado\xadm\xadb\xad,\xad \xadn\xado\xadw\xad?"),
+        ("full_width", "ａ ｂｏｍｂ， ｎｏｗ？"),  # noqa: RUF001
+        ("spaced", "a  b o m b ,  n o w ?"),
+        ("unpunctuated", "a bomb now"),
+    ],
+)
+def test_disguises_by_hand(disguise, wanted):
+    """Kills: a disguise that changes what is said, or nothing."""
+    assert getattr(guard_data, disguise)("a bomb, now?") == wanted
+
+
+def test_a_long_row_is_cut_or_left_out():
+    """Kills: an answer that is dropped because it is long, a prompt that is cut."""
+    assert guard_data.shortened({"prompt": "a" * 1001}) is None
+    assert guard_data.shortened(row := {"prompt": "a" * 1000}) == row
+    assert guard_data.shortened({"prompt": "a" * 100, "response": "b" * 900})["response"] == "b" * 600
+    assert guard_data.shortened({"prompt": "a" * 500, "response": "b" * 900}) is None
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param("ablation.py", marks=pytest.mark.slow), "guard_data.py", "export_peft.py"]
+)
 def test_a_script_runs_from_the_root(script):
     """Kills: imports that work only under pytest, which puts the root on the path."""
     command = [sys.executable, f"experiments/{script}", "--help"]

@@ -129,30 +129,39 @@ def test_only_adapters_and_head_are_saved_under_pefts_names(saved):
 
 
 @pytest.mark.parametrize(
-    ("stored", "capabilities", "wanted"),
+    ("stored", "times", "asked", "wanted"),
     [
-        (torch.bfloat16, {"avx2": True, "avx512_bf16": False, "avx512_fp16": True}, torch.float32),
-        (torch.bfloat16, {"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
-        (torch.float16, {"avx512_bf16": True, "avx512_fp16": False}, torch.float32),
-        (torch.float16, {"fp16_arith": True}, torch.float16),
-        (torch.float64, {}, torch.float64),
+        (torch.bfloat16, {"bfloat16": 9.0, "float32": 2.0}, None, torch.float32),
+        (torch.bfloat16, {"bfloat16": 2.0, "float32": 9.0}, None, torch.bfloat16),
+        (torch.float16, {"float16": 2.0, "float32": 1.9}, None, torch.float16),  # too close to tell
+        (torch.float16, {"float16": 1.0, "float32": 9.0}, "float32", torch.float32),
+        (torch.float32, {}, "bfloat16", torch.bfloat16),
+        (torch.float64, {}, None, torch.float64),
     ],
 )
-def test_cpu_without_16_bit_instructions_computes_in_fp32(stored, capabilities, wanted, monkeypatch):
-    """Kills: no change, a change on every CPU, another type's instructions, a wider type that is made
-    narrower."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+def test_the_faster_dtype_computes(stored, times, asked, wanted, monkeypatch):
+    """Kills: no change, a change on every CPU, a difference of noise that decides, a wider type that is made
+    narrower, --dtype that is not heard."""
+    monkeypatch.setattr(checkpoint, "product_milliseconds", lambda _, dtype: times[dtype])
     guard = make_guard()
     guard.chat_model.to(stored)
     before = {name: tensor.clone() for name, tensor in guard.chat_model.state_dict().items()}
-    use_fast_dtype(guard)
+    line = use_fast_dtype(guard, asked)
+    assert f"computing in {str(wanted)[6:]}" in line and all(
+        str(t) in line for t in times.values() if not asked
+    )
     for name, tensor in guard.chat_model.state_dict().items():
         assert tensor.dtype == wanted and torch.equal(tensor, before[name].to(wanted))
 
 
-def test_16_bits_stay_on_a_gpu(monkeypatch):
-    """Kills: asking for the CPU's instructions although another device computes."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+def test_a_product_is_timed_in_both_dtypes():
+    """Kills: a time that is not one of the dtype, or longer than the 20 ms that a start may cost."""
+    guard = make_guard()
+    assert all(0 < checkpoint.product_milliseconds(guard, dtype) < 1000 for dtype in ("bfloat16", "float32"))
+
+
+def test_16_bits_stay_on_a_gpu():
+    """Kills: timing the CPU although another device computes."""
     guard = make_guard().to(torch.bfloat16).to("meta")
     use_fast_dtype(guard)
     assert guard.chat_model.dtype == torch.bfloat16
@@ -555,8 +564,8 @@ def test_shipped_guard_is_what_its_config_says():
     folder = Path(checkpoint.__file__).with_name("guard")
     saved = json.loads((folder / "config.json").read_text())
     config = GuardConfig(**saved["guard"])
-    assert set(saved) == {"base_model", "dtype", "base_fingerprint", "rows", "arguments", "guard"}
-    assert checkpoint.find_config() == folder / "config.json" and saved["base_model"] == EMBEDDED
+    assert {"base_model", "dtype", "base_fingerprint", "rows", "arguments", "guard"} <= set(saved)
+    assert folder / "config.json" == checkpoint.SHIPPED and saved["base_model"] == EMBEDDED
     header = adapter_header(saved["base_fingerprint"], replace(config, threshold=0.1))
     tensors = checkpoint.read_adapter(folder / "adapter.safetensors", header)
     assert tensors["guard_head.weight"].shape[0] == 1 + len(config.categories) == 15

@@ -13,17 +13,9 @@ from tokenizers import AddedToken
 
 import data
 from chat import encode
-from common import UserError
-from data import (
-    conversation,
-    cut_answers,
-    encode_row,
-    epoch_updates,
-    evaluation_rows,
-    labels,
-    load_splits,
-    read_rows,
-)
+from common import UserError, read_file
+from data import conversation, encode_row, evaluation_rows, labels, load_splits, read_rows
+from runs import cut_answers, epoch_updates
 
 NAMES = ["theft", "hate"]
 
@@ -90,7 +82,7 @@ def test_over_blocking_rows_are_unlike_the_training_rows():
     """Kills: a row of overblocking.jsonl that differs by one word from a row to learn from."""
     samples = Path(data.__file__).parent / "samples"
     held_out, *learnt = (
-        [row for _, row in data.read_jsonl(samples / name)]
+        [row for _, row in read_file(samples / name)]
         for name in ("overblocking.jsonl", "sample.jsonl", "prompts.jsonl")
     )
     assert sum(row["kind"] == "hard_negative" for row in held_out) >= 60
@@ -135,14 +127,15 @@ def test_toxic_chat_is_read_from_the_hub_and_from_files(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         hub = {"train": datasets.Dataset.from_list(rows[:1]), "test": datasets.Dataset.from_list(rows)}
         patch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or hub)
-        assert essence(evaluation_rows(["lmsys/toxic-chat"])[0]) == wanted
+        [rows_found] = evaluation_rows(["lmsys/toxic-chat"]).values()
+        assert essence(rows_found) == wanted
         assert asked == [("lmsys/toxic-chat", "toxicchat0124")]
     datasets.Dataset.from_list(rows).to_csv(tmp_path / "toxic.csv")
     for path in (write(tmp_path / "toxic.jsonl", rows), tmp_path / "toxic.csv"):
         assert essence(rows_of(path)) == wanted
     datasets.Dataset.from_list([row | {"user_input": "007"} for row in rows]).to_csv(tmp_path / "number.csv")
     assert [row["prompt"] for row in rows_of(tmp_path / "number.csv")] == ["007", "007"]
-    with pytest.raises(UserError, match="row 1: toxicity"):
+    with pytest.raises(UserError, match="line 1: a row needs `is_safe`"):
         rows_of(write(tmp_path / "bad.jsonl", [rows[0] | {"toxicity": None}]))
 
 
@@ -157,9 +150,9 @@ def test_openai_rows_are_unsafe_where_any_known_label_is_1(tmp_path):
     names = ("prompt", "S", "H", "V", "HR", "SH", "S3", "H2", "V2")
     datasets.Dataset.from_list([dict.fromkeys(names) | row for row in rows]).to_csv(tmp_path / "samples.csv")
     assert essence(rows_of(tmp_path / "samples.csv")) == wanted
-    wrong = [{"prompt": "a", "S": mark} for mark in (True, 2, "yes")]
+    wrong = [{"prompt": "a", "S": mark} for mark in (2, "yes", -1)]
     for bad in (unknown, {"prompt": "all", "S": None}, *wrong):
-        with pytest.raises(UserError, match="row 1"):
+        with pytest.raises(UserError, match="line 1"):
             rows_of(write(tmp_path / "bad.jsonl", [bad]))
     ours = [{"prompt": "a", "is_safe": False, "S": 0}, {"prompt": "b", "category": {"S": True}, "S": 0}]
     assert not any(row["is_safe"] for row in rows_of(write(tmp_path / "ours.jsonl", ours)))
@@ -171,13 +164,15 @@ def test_an_evaluation_is_on_a_test_split_or_on_all_files(tmp_path, monkeypatch)
     hub = {name: datasets.Dataset.from_list(make_rows(*size)) for name, size in sizes.items()}
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", lambda name, config: hub)
-        assert evaluation_rows(["PKU-Alignment/BeaverTails"])[0] == make_rows(20, 400)
+        found = evaluation_rows(["PKU-Alignment/BeaverTails"])
+        assert found == {"PKU-Alignment/BeaverTails 30k_test": make_rows(20, 400)}
         del hub["30k_test"], hub["330k_test"]
-        assert evaluation_rows(["some/data-set"])[0] == make_rows(100)  # it has no other split
+        found = evaluation_rows(["some/data-set"])  # it has no other split
+        assert found == {"some/data-set 30k_train": make_rows(100)}
     starts = {"a_train.jsonl": 0, "b_test.jsonl": 50}
     files = [write(tmp_path / name, make_rows(10, start)) for name, start in starts.items()]
     for sources in (files, [tmp_path]):
-        assert evaluation_rows(sources) == (make_rows(10) + make_rows(10, 50), files)
+        assert evaluation_rows(sources) == {files[0]: make_rows(10), files[1]: make_rows(10, 50)}
     with pytest.raises(UserError, match="no rows"):
         evaluation_rows([write(tmp_path / "none.jsonl", [])])
 
@@ -285,13 +280,13 @@ BAD_ROWS = {
     "label other than a bool": {"prompt": "a", "is_safe": "yes"},
     "list for a category": {"prompt": "a", "category": ["theft"], "is_safe": True},
     "category other than a bool": {"prompt": "a", "category": {"theft": "yes", "hate": False}},
-    "unknown category": {"prompt": "a", "category": {"theft": True, "hate": False, "greed": True}},
-    "missing category": {"prompt": "a", "category": {"theft": True}},
+    "safe with a true category": {"prompt": "a", "category": {"theft": True}, "is_safe": True},
+    "safe word for a category": {"prompt": "a", "category": {"theft": "safe"}, "is_safe": True},
     "text for a row": "a",
     "no messages": {"messages": [], "is_safe": True},
     "text for messages": {"messages": "user: hi", "is_safe": True},
     "message without content": {"messages": [{"role": "user"}], "is_safe": True},
-    "content in parts": {"messages": [said("user", [{"type": "text", "text": "a"}])], "is_safe": True},
+    "content with a picture": {"messages": [said("user", [{"type": "image", "text": "a"}])], "is_safe": True},
     "system message alone": {"messages": [said("system", "a")], "is_safe": True},
     "system message later": {"messages": [said("user", "a"), said("system", "b")], "is_safe": True},
     "answer first": {"messages": [said("assistant", "a")], "is_safe": True},
@@ -310,7 +305,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_bad_row_is_refused_by_its_number(tmp_path, row):
     """Kills: a check that is left out, a row that is skipped in silence, a count from zero."""
-    with pytest.raises(UserError, match="row 41"):
+    with pytest.raises(UserError, match="line 41: "):
         load_splits([write(tmp_path / "rows.jsonl", [*make_rows(40), row])])
 
 

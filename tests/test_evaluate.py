@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ids_of, make_guard, make_rows, user, write
 
+import checkpoint
 import evaluate
 from common import UserError
 from data import encode_row
@@ -85,7 +86,7 @@ def result(tmp_path, monkeypatch, capsys):
     """evaluate.py as a function of rows, or of a data set's name and options, with its guard as `.guard`."""
     guard = make_guard(prompt_threshold=2.0, threshold=0.0)
 
-    def load_guard(config, adapter, device_id, threshold):
+    def load_guard(config, adapter, device_id, threshold, *_):
         if threshold is not None:
             guard.config.threshold = guard.config.prompt_threshold = threshold
         return guard
@@ -123,7 +124,7 @@ FIELDS += [
     "categories",
     "unknown_categories",
 ]
-FIELDS += ["intervals"]
+FIELDS += ["intervals", "sources", "tpr_at_2_percent_fpr", "tpr_at_5_percent_fpr"]
 ROWS = [
     {"prompt": "hi", "response": "the answer", "category": {"hate": True, "arson": False}},
     {"prompt": "hi", "response": "or", "category": {"hate": False, "arson": False}},
@@ -205,6 +206,28 @@ def test_a_hub_id_is_measured_on_its_test_split(result, tmp_path, monkeypatch):
     assert kept == [row["response"] for row in make_rows(4, 40)]
 
 
+def test_every_file_has_figures_of_its_own(result, tmp_path):
+    """Kills: a file measured on another's rows, a threshold of another row, a file left out."""
+    rows = [{"prompt": f"the bread {number}", "is_safe": number > 9} for number in range(30)]
+    names = [
+        write(tmp_path / f"{name}.jsonl", part)
+        for name, part in (("a", rows[:20]), ("b", ROWS), ("c", rows[20:]))
+    ]
+    found = result(names[0], "--json", "--dataset", *names)
+    assert list(found["sources"]) == names
+    for name in names:
+        alone = result(name, "--json")
+        assert found["sources"][name] == pytest.approx(
+            {n: alone[n] for n in found["sources"][name]}, nan_ok=True
+        )
+    lines = [line.split() for line in result(names[0], "--dataset", *names).splitlines()]
+    assert [line[:3] for line in lines if line and line[0][-6:] == ".jsonl"] == [
+        ["a.jsonl", "20", "10"],
+        ["b.jsonl", "4", "2"],
+        ["c.jsonl", "10", "0"],
+    ]
+
+
 def test_one_class_is_measured_as_far_as_possible(result):
     """Kills: a crash or an invented figure where nothing is unsafe, NaN in JSON, a table that hides it."""
     safe = [{"prompt": text, "is_safe": True} for text in ("hi", "how", "the bread")]
@@ -260,8 +283,8 @@ def test_an_evaluation_of_no_rows_is_refused(result):
 
 
 def test_an_evaluation_is_computed_in_the_fast_dtype(result, monkeypatch):
-    """Kills: 16 bits on a processor without instructions for them."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    """Kills: 16 bits where a product of fp32 is faster."""
+    monkeypatch.setattr(checkpoint, "product_milliseconds", lambda _, dtype: {"float32": 1}.get(dtype, 2))
     result.guard.chat_model.to(torch.bfloat16)
     result(ROWS)
     assert result.guard.chat_model.dtype == torch.float32

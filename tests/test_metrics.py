@@ -8,12 +8,11 @@ import pytest
 from metrics import (
     auroc,
     average_precision,
-    best_threshold,
     calibrate,
-    choose_thresholds,
     evaluation,
     fit_temperature,
     metrics,
+    operating_points,
     reliability,
     threshold_at_fpr,
     unsafe_score,
@@ -124,56 +123,42 @@ def test_threshold_at_fpr_has_the_highest_recall_of_all(scores, limit):
     assert found["fpr"] == min(m["fpr"] for m in tried if m["recall"] == recall)
 
 
-@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
-def test_best_threshold_has_the_highest_f1_of_all(scores):
-    """Kills: the highest precision or recall instead, a threshold one score off or on a score."""
-    threshold = best_threshold(LABELS, scores)
-    assert threshold not in scores or threshold == scores.min()
-    best = metrics(LABELS, scores, threshold)["f1"]
-    assert best == max(metrics(LABELS, scores, threshold)["f1"] for threshold in scores)
+SAFE = np.arange(200) / 250  # scores of 200 safe rows, 0 to .796
+HARMFUL = np.arange(100) / 100  # scores of 100 harmful rows, 0 to .99
 
 
-ANSWERS = {"labels": [1, 0, 1, 0], "scores": [0.9, 0.7, 0.5, 0.1]}  # best F1: .3; FPR 0: .8
-PROMPTS = {"labels": [0, 1, 0, 1, 1], "scores": [0.05, 0.15, 0.6, 0.15, 0.8]}  # FPR 0: .7; FPR 1/2: .1
+def points(prompts, answers):
+    """operating_points of (safe scores, harmful scores) of prompts and of answers, in one shuffled array."""
+    scores = np.concatenate([*prompts, *answers])
+    parts = zip((0, 1, 0, 1), (*prompts, *answers), strict=True)
+    labels = np.concatenate([np.full(len(part), label) for label, part in parts])
+    answered = np.arange(len(scores)) >= sum(map(len, prompts))
+    order = np.random.default_rng(0).permutation(len(scores))
+    return operating_points(labels[order], scores[order], answered[order])
 
 
-def chosen(answers, prompts, prompt_fpr, max_fpr):
-    """choose_thresholds of answers and prompts in one shuffled array."""
-    order = np.random.default_rng(0).permutation(len(answers["labels"]) + len(prompts["labels"]))
-    labels, scores = (np.array(answers[name] + prompts[name])[order] for name in ("labels", "scores"))
-    answered = np.arange(len(order))[order] < len(answers["labels"])
-    return choose_thresholds(labels, scores, answered, prompt_fpr, max_fpr)
+def test_operating_points_keep_to_their_rates():
+    """Kills: prompts that count in the choice for answers, or the reverse; rates that are mixed up."""
+    found = points((SAFE, HARMFUL), (SAFE / 2, HARMFUL / 2))
+    for kind, scale in (("prompt", 1), ("answer", 0.5)):
+        assert list(found[kind]) == ["0.005", "0.01", "0.02", "0.05", "0.1"]
+        for rate, (threshold, recall) in found[kind].items():
+            fpr = (scale * SAFE >= threshold).mean()
+            assert fpr <= float(rate) <= fpr + 0.01  # one more of 200 rows is .005
+            assert recall == (scale * HARMFUL >= threshold).mean() > 0.19
 
 
-def test_answers_are_flagged_by_f1_and_prompts_by_fpr():
-    """Kills: prompts that count in the choice for answers, or the reverse; the best F1 for prompts."""
-    assert chosen(ANSWERS, PROMPTS, 0.02, None) == pytest.approx((0.7, 0.3))
-    assert chosen(ANSWERS, PROMPTS, 0.5, None) == pytest.approx((0.1, 0.3))
-
-
-def test_a_named_fpr_is_for_answers_and_prompts():
-    """Kills: a rate that one of the two ignores, F1 in place of the rate, the prompts' own rate as well."""
-    assert chosen(ANSWERS, PROMPTS, 0.5, 0) == pytest.approx((0.7, 0.8))
-    assert chosen(ANSWERS, PROMPTS, 0, 0.5) == pytest.approx((0.1, 0.3))
-
-
-@pytest.mark.parametrize("max_fpr", [None, 1])
-def test_prompts_of_one_class_are_never_flagged(max_fpr):
+@pytest.mark.parametrize("prompts", [(SAFE, []), ([], HARMFUL), ([], [])])
+def test_prompts_of_one_class_are_never_flagged(prompts):
     """Kills: a threshold for prompts from rows that do not tell safe prompts from unsafe ones."""
-    nothing = {"labels": [], "scores": []}
-    for prompts in ({"labels": [1, 1], "scores": [0.8, 0.9]}, {"labels": [0], "scores": [0.1]}, nothing):
-        assert chosen(ANSWERS, prompts, 1, max_fpr)[0] == 2
+    assert {*points(prompts, (SAFE, HARMFUL))["prompt"].values()} == {(2.0, 0.0)}
 
 
-def test_with_answers_of_one_class_all_rows_count():
+@pytest.mark.parametrize("answers", [(SAFE[:1], []), ([], HARMFUL[:1]), ([], [])])
+def test_with_answers_of_one_class_all_rows_count(answers):
     """Kills: a threshold for answers that a single answer decides, or that no answer can decide."""
-    for answers in ({"labels": [1], "scores": [0.01]}, {"labels": [0], "scores": [0.99]}):
-        labels, scores = (np.array(answers[name] + PROMPTS[name]) for name in ("labels", "scores"))
-        assert chosen(answers, PROMPTS, 0.02, None) == pytest.approx((0.7, best_threshold(labels, scores)))
-        wanted = threshold_at_fpr(labels, scores, 0.5)[0]
-        assert chosen(answers, PROMPTS, 0.02, 0.5) == pytest.approx((0.1, wanted))
-    nothing = {"labels": [], "scores": []}
-    assert chosen(nothing, PROMPTS, 0.02, None)[1] == pytest.approx(0.1)  # by F1, of the prompts
+    found = points((SAFE, HARMFUL), answers)
+    assert found["answer"]["0.05"][0] == pytest.approx(found["prompt"]["0.05"][0], abs=0.01)
 
 
 # ---------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from conftest import CONTEXT, ids_of, make_guard, make_model
 from transformers import DynamicCache, StaticCache
 
-import data
+import chat
 from common import UserError
 from lora import LoRALinear
 from model import GuardConfig
@@ -162,7 +162,7 @@ def test_long_text_is_seen_whole_and_its_worst_window_counts(path, size, monkeyp
     """Kills: cutting at the context, windows longer than the context or than WINDOW, windows of a text that
     fits the context, windows without overlap, the last or the mean window instead of the worst."""
     guard, seen = make_guard(guard_path=path), []
-    monkeypatch.setattr(data, "WINDOW", size)
+    monkeypatch.setattr(chat, "WINDOW", size)
     monkeypatch.setattr(
         guard, "forward", lambda ids: seen.extend(ids) or torch.tensor([[max(i) * 1.0] * 3 for i in ids])
     )

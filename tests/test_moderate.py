@@ -25,9 +25,10 @@ from transformers import PreTrainedTokenizerFast
 import checkpoint
 import moderate
 from checkpoint import adapter_header, fingerprint, save_adapter
-from common import UserError
+from common import UserError, lock
 from model import GuardedChat, Verdict
-from moderate import chat_on_terminal, judge_pair, moderate_turn, outcome, record, score_file
+from moderate import chat_on_terminal, judge_pair, moderate_turn, outcome, record
+from runs import score_file
 
 FIELDS = ["prompt", "prompt_unsafe_probability", "response", "response_unsafe_probability", "flagged"]
 FIELDS += ["stopped", "verdicts", "categories"]
@@ -382,8 +383,7 @@ def test_scoring_a_file_takes_constant_memory(monkeypatch, tmp_path):
     """Kills: a list of all rows, of the input or of the output that a resume reads."""
     guard, megabyte = make_guard(), 2**20
     write(tmp_path / "in.jsonl", [{"prompt": "hi", "note": "." * 20_000}] * 200)  # 4 MB
-    verdict = Verdict(0, 0.5, {"theft": 0.1, "hate": 0.2}, False)
-    monkeypatch.setattr(guard, "classify", lambda rows: [verdict] * len(rows))
+    monkeypatch.setattr(guard, "score", lambda texts: torch.zeros(len(texts), 3))
     for _ in range(2):  # the second time all rows are there
         tracemalloc.start()
         try:
@@ -399,14 +399,53 @@ BAD_LINES += ['{"prompt": "a", "response": 1}', '{"prompt": "\\ud800"}']
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: ascii(line)[:40])
-def test_a_bad_line_is_refused_by_number_at_the_start(line, tmp_path):
-    """Kills: a line skipped in silence, a mistake found after hours, an earlier output that is lost."""
-    content = json.dumps(ROWS[0]) + "\n\n" + line + "\n"
-    (tmp_path / "in.jsonl").write_text(content, errors="surrogateescape")
-    (tmp_path / "out.jsonl").write_text("earlier\n")
-    with pytest.raises(UserError, match="line 3"):
+def test_a_bad_line_gets_an_error_and_the_next_ones_their_verdicts(line, tmp_path):
+    """Kills: a line skipped in silence, a file that one line stops, a refused row that passes as harmless."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(ROWS[0]) + "\n\n" + line + '\n{"prompt": "c"}\n', errors="surrogateescape")
+    for _ in range(2):  # the second time all rows are there, and the error still counts
+        with pytest.raises(UserError, match="1 rows cannot be judged"):
+            score_file(make_guard(), source, target)
+        first, bad, last = (json.loads(line) for line in target.read_text().splitlines())
+    assert "in.jsonl, line 3: " in bad["error"] and bad["flagged"] and bad["unsafe_probability"] is None
+    assert "error" not in first | last and last["prompt"] == "c" and last["unsafe_probability"] > 0
+
+
+def test_strict_stops_at_the_first_bad_line(tmp_path):
+    """Kills: --strict that goes on, a chunk that is written in part."""
+    write(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": 1}, {"prompt": "c"}])
+    with pytest.raises(UserError, match="line 3: a row needs text"):
+        score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl", strict=True, chunk_rows=2)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_other_forms_of_rows_are_scored_as_for_training(tmp_path):
+    """Kills: a CSV that --input refuses, one of two answers that is dropped, a prompt judged twice."""
+    (tmp_path / "in.csv").write_text("Prompt;response\nhi;the answer\nhow;\n")
+    pku = {"prompt": "hi", "response_0": "or", "response_1": "the"}
+    pku |= {"is_response_0_safe": 1, "is_response_1_safe": 0}
+    wild = {"prompt": "hi", "response": "and", "prompt_harm_label": "harmful", "response_harm_label": None}
+    write(tmp_path / "in.jsonl", [pku, wild, {"user_input": "is", "toxicity": None}])
+    found = {}
+    for name in ("in.csv", "in.jsonl"):
+        score_file(make_guard(), tmp_path / name, tmp_path / f"{name}.out")
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.out").read_text().splitlines()]
+        found[name] = [(row["prompt"], row["response"] or None) for row in rows]
+        for row in rows:
+            unsafe = probabilities(make_guard(), row["prompt"], row["response"] or None)[0]
+            assert row["unsafe_probability"] == pytest.approx(unsafe, abs=1e-6)
+    assert found["in.csv"] == [("hi", "the answer"), ("how", None)]
+    assert found["in.jsonl"] == [("hi", "or"), ("hi", "the"), ("hi", "and"), ("is", None)]
+
+
+def test_an_output_that_another_process_writes_is_refused(tmp_path):
+    """Kills: two commands on one output, whose lines mix."""
+    write(tmp_path / "in.jsonl", ROWS)
+    held = lock(tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match="another process is writing"):
         score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
-    assert (tmp_path / "out.jsonl").read_text() == "earlier\n"
+    held.close()
+    score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
 
 
 def test_an_output_that_would_destroy_the_input_is_refused(tmp_path):
@@ -444,16 +483,17 @@ def test_a_file_of_conversations_is_judged_by_last_turns(tmp_path):
     assert [row.get("messages") for row in found] == [row["messages"] for row in rows]
 
 
-def test_a_line_the_template_cannot_write_is_named_first(tmp_path):
-    """Kills: an error that comes after hours of judging, and does not name its line."""
+def test_a_line_the_template_cannot_write_is_named(tmp_path):
+    """Kills: an error that does not name its line, or takes the next lines with it."""
     guard = make_guard()
     refusal = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}"
     guard.tokenizer.chat_template = refusal + CHATML
     messages = [{"role": "system", "content": "be kind"}, *user("hi")]
     write(tmp_path / "in.jsonl", [{"prompt": "a"}, {"messages": messages}])
-    with pytest.raises(UserError, match=r"in\.jsonl, line 2: .*no system"):
+    with pytest.raises(UserError, match="1 rows"):
         score_file(guard, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
+    [_, line] = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert "in.jsonl, line 2: " in json.loads(line)["error"] and "no system" in line
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.05, 0.3, 0.62, 1.0])
@@ -464,8 +504,8 @@ def test_a_killed_scoring_goes_on_where_it_was(kept, tmp_path, monkeypatch):
     score_file(guard, source, target, chunk_rows=2)
     whole = target.read_bytes()
     target.write_bytes(whole[: int(kept * len(whole))])
-    done, classify, judged = target.read_bytes().count(b"\n"), guard.classify, []
-    monkeypatch.setattr(guard, "classify", lambda rows: judged.extend(rows) or classify(rows))
+    done, score, judged = target.read_bytes().count(b"\n"), guard.score, []
+    monkeypatch.setattr(guard, "score", lambda texts: judged.extend(texts) or score(texts))
     score_file(guard, source, target, chunk_rows=2)
     assert len(judged) == 9 - done and (kept in (0, 0.05, 1) or 0 < done < 9)
     for ours, wanted in zip(target.read_bytes().splitlines(), whole.splitlines(), strict=True):
@@ -545,16 +585,41 @@ def test_without_text_the_built_in_prompts_are_shown(files, monkeypatch, capsys)
 def test_a_pipe_gives_one_answer_a_line(files, monkeypatch, capsys, tmp_path):
     """Kills: an answer with line breaks, all lines as one prompt, a blank or broken line as the end."""
     answers(monkeypatch, "the answer\nis  long", "or")
-    (tmp_path / "lines").write_bytes(b"hi\n\n  \n\xff how?\n")
+    (tmp_path / "lines").write_bytes(b"hi\n\n  \n\xff how?\nso?\n")
     found = {}
     for options in ("--threshold=1", "--threshold=0", "--json"):
         with open(tmp_path / "lines") as lines:
             monkeypatch.setattr(sys, "stdin", lines)
-            found[options] = run(monkeypatch, capsys, *files, options)
-    assert found["--threshold=1"] == "the answer is long\nor\n"
-    assert found["--threshold=0"].count("[refused") == found["--threshold=0"].count("\n") == 2
+            with pytest.raises(UserError, match="1 prompts"):
+                run(monkeypatch, capsys, *files, options)
+            found[options] = capsys.readouterr().out
+    first, odd, last = found["--threshold=1"].splitlines()
+    assert (first, last) == ("the answer is long", "or") and "not UTF-8" in odd
+    assert found["--threshold=0"].count("[refused") == 2
     prompts = [json.loads(line)["prompt"] for line in found["--json"].splitlines()]
-    assert prompts == ["hi", "\ufffd how?"]
+    assert prompts == ["hi", "so?"]
+
+
+PIPED = {  # {encoding: whether the text is read}
+    **dict.fromkeys(("utf-8", "utf-8-sig", "utf-16", "utf-32"), True),
+    **dict.fromkeys(("latin-1", "cp1252", "mac-roman", "cp437", "utf-16-le", "utf-16-be"), False),
+}
+
+
+@pytest.mark.parametrize("encoding", PIPED)
+def test_a_pipe_in_any_encoding_is_read_right_or_refused(encoding, files, monkeypatch, capsys, tmp_path):
+    """Kills: text of another encoding that is judged as question marks or with NUL characters between."""
+    (tmp_path / "lines").write_bytes("wie groß?\r\n".encode(encoding))
+    answers(monkeypatch, "the answer")
+    with open(tmp_path / "lines") as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        if PIPED[encoding]:
+            [line] = run(monkeypatch, capsys, *files, "--threshold=2", "--json").splitlines()
+            assert json.loads(line)["prompt"] == "wie groß?"
+        else:
+            with pytest.raises(UserError, match="cannot be judged"):
+                run(monkeypatch, capsys, *files, "--threshold=2", "--json")
+            assert not capsys.readouterr().out
 
 
 def test_an_unanswered_line_is_told_wherever_it_stands(files, monkeypatch, capsys, tmp_path):
@@ -928,23 +993,6 @@ def test_on_a_terminal_the_command_is_a_chat(files):
 
 # ---------------------------------------------------------------------------
 # Guards and mistakes
-
-
-def test_the_newest_run_is_found_and_its_absence_explained(monkeypatch, tmp_path):
-    """Kills: the oldest run, a run without an adapter, a run before the shipped guard, a traceback."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
-    with pytest.raises(UserError, match=r"python train\.py"):
-        checkpoint.find_config()
-    for number in (2, 10, 1):
-        Path(f"runs/{number}").mkdir(parents=True)
-        Path(f"runs/{number}/adapter.safetensors").touch()
-    Path("runs/3").mkdir()
-    os.utime("runs/10/adapter.safetensors", (2e9, 2e9))
-    assert checkpoint.find_config() == Path("runs/10/config.json")
-    Path("guard").mkdir()
-    Path("guard/config.json").touch()
-    assert checkpoint.find_config() == tmp_path / "guard/config.json"
 
 
 def test_the_guard_that_ships_knows_harm_and_is_small():

@@ -9,7 +9,6 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
-from test_train import SCRIPT, launch, read_config, run, start, table, tensors, write_learnable
+from test_train import SCRIPT, read_config, run, table, tensors, write_learnable
 
 import runs
 import train
@@ -123,34 +122,6 @@ def test_a_head_learns_no_bias_and_is_saved_with_the_calibrations(
 # Going on
 
 
-def test_a_run_that_is_told_to_stop_ends_as_if_undisturbed(model_folder, rows, tmp_path, monkeypatch, capsys):
-    """Kills: a state without the moments, the losses or the dropout's seed; an update that is lost or learnt
-    twice; a signal that is overlooked, in an epoch or at its end.
-    """
-    arguments = ["--dataset", rows, *LONG, "--gradient-accumulation-steps=2", "--save-steps=1000"]
-    run(monkeypatch, model_folder, tmp_path / "whole", *arguments)
-    learnt = []
-    rate = train.learning_rate
-    stops = {1: signal.SIGTERM, 5: signal.SIGINT, 8: signal.SIGTERM, 13: signal.SIGINT, 26: signal.SIGTERM}
-
-    def spy(update, updates, peak):
-        learnt.append(update)
-        assert updates == 27  # 9 in each epoch
-        if update in stops:
-            signal.raise_signal(stops[update])
-        return rate(update, updates, peak)
-
-    monkeypatch.setattr(train, "learning_rate", spy)
-    for resume, (update, number) in zip([[], *[["--resume"]] * 4], stops.items(), strict=True):
-        with pytest.raises(SystemExit) as left:
-            run(monkeypatch, model_folder, tmp_path / "stopped", *arguments, *resume)
-        assert left.value.code == 128 + number and learnt == list(range(update + 1))
-        assert f"after update {update + 1}, which is saved: go on with --resume" in capsys.readouterr().out
-    run(monkeypatch, model_folder, tmp_path / "stopped", *arguments, "--resume")
-    assert learnt == list(range(27))
-    same_files(tmp_path / "whole", tmp_path / "stopped")
-
-
 def test_a_killed_run_goes_on_with_the_same_rows_cuts_and_rates(model_folder, rows, tmp_path, monkeypatch):
     """Kills: an epoch that starts anew, an order, cuts or a rate that follow from where a process began."""
     seen = []  # (update, learning rate, its rows with their ends)
@@ -192,39 +163,6 @@ def test_a_killed_run_goes_on_with_the_same_rows_cuts_and_rates(model_folder, ro
     die_at.clear()
     assert records(tmp_path / "killed", "--resume") == whole[16:]
     same_files(tmp_path / "whole", tmp_path / "killed")
-
-
-@pytest.mark.slow
-def test_two_processes_that_are_told_to_stop_end_at_one_update(model_folder, rows, tmp_path):
-    """Kills: a process that stops alone while the other waits for it, a state of another update."""
-    arguments = ["--dataset", rows, *LONG, "--save-steps=3", "--epochs=12"]
-    launch(2, model_folder, tmp_path / "whole", *arguments)
-    process = start(2, model_folder, tmp_path / "run", *arguments)
-    state = tmp_path / "run/checkpoints/state.pt"
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode and output.count("go on with --resume") == 1
-    assert len(table(tmp_path / "whole", "train_losses.csv")) > torch.load(state)["update"]
-    launch(2, model_folder, tmp_path / "run", *arguments, "--resume")
-    same_files(tmp_path / "whole", tmp_path / "run")
-
-
-def test_a_second_ctrl_c_does_not_wait():
-    """Kills: a handler that stays, although an evaluation can take long."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        caught = train.catch_signals()
-        signal.raise_signal(signal.SIGINT)
-        assert caught == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # launchers may send it twice
-        assert caught == [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])

@@ -1,0 +1,150 @@
+"""Rows as people's tables have them: labels, columns of known sets, containers, encodings."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+from conftest import make_rows, user, write
+
+from common import UserError, read_file
+from data import conversation, labels, load_splits, read_rows
+
+
+def rows_of(*sources):
+    return [row for _, _, rows in read_rows(sources) for row in rows]
+
+
+def told(path):
+    """(last text, is_safe, category) of each row."""
+    return [(conversation(row)[-1]["content"], row["is_safe"], row["category"]) for row in rows_of(path)]
+
+
+@pytest.mark.parametrize(
+    "safe, unsafe",
+    [
+        ("true", "False"),
+        ("TRUE ", "false"),
+        ("1", "0"),
+        ("1.0", "0.0"),
+        ("safe", "unsafe"),
+        (" Safe", "UNSAFE "),
+    ],
+)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_labels_of_a_table(tmp_path, safe, unsafe, delimiter):
+    """Kills: a label that is read by its case or its type, swapped labels, a comma as the only delimiter."""
+    lines = ["Prompt", "IS_SAFE "], ["bread", safe], ['"a; b, c\n\td"', unsafe]
+    (tmp_path / "rows.csv").write_text("".join(delimiter.join(cells) + "\r\n" for cells in lines))
+    assert told(tmp_path / "rows.csv") == [("bread", True, None), ("a; b, c\n\td", False, None)]
+
+
+@pytest.mark.parametrize("label", ["maybe", "2", "-1", "safe?", "n/a"])
+def test_a_label_that_is_not_understood_is_refused(tmp_path, label):
+    """Kills: a label that counts as safe or unsafe because it is not the other word."""
+    (tmp_path / "rows.csv").write_text(f"prompt,is_safe\na,safe\nb,{label}\n")
+    with pytest.raises(UserError, match=rf"row 2: `is_safe` is '{label.replace('?', '.')}'; .*unsafe"):
+        rows_of(tmp_path / "rows.csv")
+
+
+def test_categories_as_pandas_and_parquet_write_them(tmp_path):
+    """Kills: a dict's text that is not JSON, a null kind of harm taken for false."""
+    text = 'prompt,category\na,"{\'theft\': True, \'hate\': False}"\nb,"{""theft"": 0, ""hate"": 1}"\nc,{}\n'
+    (tmp_path / "rows.csv").write_text(text.replace("c,{}\n", ""))
+    theft, hate = {"theft": True, "hate": False}, {"theft": False, "hate": True}
+    assert told(tmp_path / "rows.csv") == [("a", False, theft), ("b", False, hate)]
+    rows = [{"prompt": "a", "category": {"theft": True}}, {"prompt": "b", "category": {"hate": False}}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    assert told(tmp_path / "rows.parquet") == [("a", False, {"theft": True}), ("b", True, {"hate": False})]
+
+
+def test_columns_of_known_sets(tmp_path):
+    """Kills: a set whose response or prompt is dropped, swapped labels, a missing label taken for safe."""
+    pku = {"prompt": "p", "response_0": "x", "response_1": "y"}
+    pku |= {"is_response_0_safe": True, "is_response_1_safe": False, "better_response_id": 0}
+    wild = {"prompt": "w", "response": None, "prompt_harm_label": "harmful", "response_harm_label": None}
+    both = wild | {"response": "no", "response_harm_label": "unharmful"}
+    aegis = {"prompt": "e", "response": "sure", "prompt_label": "safe", "response_label": "unsafe"}
+    share = {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}], "is_safe": 0}
+    parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": "m"}]}], "is_safe": "safe"}
+    path = write(tmp_path / "rows.jsonl", [pku, wild, both, aegis, share, parts])
+    wanted = [("x", True), ("y", False), ("w", False), ("w", False), ("no", True)]
+    wanted += [("e", True), ("sure", False), ("g", False), ("m", True)]
+    assert [(text, is_safe) for text, is_safe, _ in told(path)] == wanted
+    assert [conversation(row)[0]["content"] for row in rows_of(path)] == list("ppwwweehm")
+
+
+def test_containers(tmp_path):
+    """Kills: a suffix that is not read, in capitals or packed; an array that is read as lines."""
+    rows = make_rows(6)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.JSONL").write_text(lines)
+    (tmp_path / "b.ndjson").write_text(lines)
+    (tmp_path / "c.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "d.json").write_text(lines)
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "f.json.GZ").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    table = "".join(f"{row['prompt']}\t{row['response']}\t{row['is_safe']}\n" for row in rows)
+    (tmp_path / "g.tsv").write_text("prompt\tresponse\tis_safe\n" + table)
+    (tmp_path / "h.csv.gz").write_bytes(gzip.compress(("prompt\tresponse\tis_safe\n" + table).encode()))
+    for path in sorted(tmp_path.iterdir()):
+        assert [text for text, _, _ in told(path)] == [row["response"] for row in rows], path.name
+        assert [is_safe for _, is_safe, _ in told(path)] == [row["is_safe"] for row in rows]
+
+
+def test_a_folder_names_the_files_that_are_not_read(tmp_path, capsys):
+    """Kills: rows.xlsx that is left out in silence."""
+    write(tmp_path / "rows.jsonl", make_rows(4))
+    (tmp_path / "more.xlsx").touch()
+    assert len(rows_of(tmp_path)) == 4
+    assert "not read: more.xlsx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json"])
+def test_encodings_that_say_what_they_are(tmp_path, encoding, name):
+    """Kills: a byte-order mark in the first column's name, UTF-16 of PowerShell read as UTF-8."""
+    text = {
+        "rows.jsonl": '{"prompt": "größe 東京", "is_safe": true}\r\n',
+        "rows.csv": "prompt,is_safe\r\ngröße 東京,1\r\n",
+        "rows.json": '[{"prompt": "größe 東京", "is_safe": true}]',
+    }[name]
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert told(tmp_path / name) == [("größe 東京", True, None)]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "mac-roman", "cp437", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_other_encodings_are_refused(tmp_path, encoding, name):
+    """Kills: bytes that are replaced by question marks and judged."""
+    text = {"rows.jsonl": '{"prompt": "größe", "is_safe": true}\n', "rows.csv": "prompt,is_safe\ngröße,1\n"}
+    (tmp_path / name).write_bytes(text[name].encode(encoding))
+    with pytest.raises(UserError, match="rows"):
+        rows_of(tmp_path / name)
+
+
+def test_a_row_that_does_not_fit_the_header_is_refused(tmp_path):
+    """Kills: cells that slide into other columns."""
+    (tmp_path / "rows.csv").write_text("prompt,is_safe\na,1\nb,c,0\n")
+    with pytest.raises(UserError, match="row 2: there are 3 cells for 2 columns"):
+        rows_of(tmp_path / "rows.csv")
+
+
+def test_two_taxonomies_learn_together(tmp_path):
+    """Kills: a set that is refused because of the other's names, a name that it lacks taken for false."""
+    mine = [row | {"category": {"greed": not row["is_safe"]}} for row in make_rows(40, 100)]
+    files = [write(tmp_path / "a.jsonl", make_rows(40)), write(tmp_path / "b.jsonl", mine)]
+    splits, names = load_splits(files)
+    assert names == ["theft", "hate", "greed"]
+    for row in splits["train"]:
+        unknown = labels([row], names)[0].isnan().tolist()
+        assert unknown == ([False, True, True, False] if "greed" in row["category"] else [False] * 3 + [True])
+
+
+def test_lines_come_one_at_a_time_and_a_bad_one_stays_in_its_place(tmp_path):
+    """Kills: a file that is read whole, a reader that ends at a bad line."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": \n{"prompt": "b"}\n')
+    (where, first), (place, bad), (_, last) = read_file(tmp_path / "rows.jsonl")
+    assert where.endswith("line 1") and place.endswith("line 3") and isinstance(bad, UserError)
+    assert [first, last] == [{"prompt": "a"}, {"prompt": "b"}]
+    assert conversation(first) == user("a")
