@@ -32,6 +32,7 @@ LENGTHS = (128, 512, 2048, 8192)  # tokens of a conversation
 VERDICT_EVERY = (16, 8, 32)  # tokens from verdict to verdict, the default first
 BATCH = 16  # rows of a training batch, as in train.py
 SCORED = 32  # rows of a scoring batch, as in GuardedChat.score
+SECONDS = 60  # after which no more rounds of the same contestants start
 PRODUCTS = (1024, 2048, 3072)  # sizes of the square matrices
 GROWTH = {"rows": (4, 8, 16, 32), "length": (64, 128, 256, 512), "rank": (4, 16, 64)}
 
@@ -64,13 +65,14 @@ def main():
     result["dtype"] = str(guard.chat_model.dtype)[6:]  # without "torch."
     result["versions"] = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
     result |= {"rows": len(rows), "longest_row": max(map(len, texts))}
-    result |= measure_rows(args, guard, texts, labels(rows, guard.config.categories), rounds)
-    result |= measure_peft(args.model, guard, full, [texts[row] for row in sample(texts, BATCH)[-1]], rounds)
+    result |= shown(measure_rows(args, guard, texts, labels(rows, guard.config.categories), rounds))
+    last = [texts[row] for row in sample(texts, BATCH)[-1]]
+    result |= shown(measure_peft(args.model, guard, full, last, rounds))
     guard = load(args.model, "chat")
     result |= {"chat_dtype": str(guard.chat_model.dtype)[6:], "full_dtype": str(full.chat_model.dtype)[6:]}
-    result |= measure_answers(args.model, guard, rounds if args.quick else 5 * rounds)
+    result |= shown(measure_answers(args.model, guard, rounds if args.quick else 5 * rounds))
     for length in lengths:
-        result |= measure_verdict(guard, full, length, rounds)
+        result |= shown(measure_verdict(guard, full, length, rounds))
     result["verdict_over_decode_step"] = max(result[f"verdict_over_decode_step_{n}"] for n in lengths)
     if args.plot_growth:
         result["growth"] = measure_growth(args.model)
@@ -83,6 +85,12 @@ def main():
     if args.plot:
         caption = f"One verdict, {args.model} in {result['chat_dtype']}, {result['threads']} CPU threads"
         plot_verdicts(args.plot, {length: result[f"milliseconds_{length}"] for length in lengths}, caption)
+
+
+def shown(fields):
+    """The fields, printed on standard error as they come: a run that is stopped leaves what it measured."""
+    print(json.dumps(fields), file=sys.stderr, flush=True)
+    return fields
 
 
 def load(model, use, **settings):
@@ -113,18 +121,25 @@ def sample(texts, size):
 
 
 def turns(what, contestants, rounds):
-    """{name: seconds, by round}. A turn repeats a call until half a second has passed; its median counts."""
+    """{name: seconds, by round}. A turn repeats a call until half a second has passed; its median counts.
+
+    A slow machine gets fewer rounds.
+    """
     print(f"measuring {what}", file=sys.stderr, flush=True)
+    begun = time.perf_counter()
     found = {name: [] for name in contestants}
     for contestant in contestants.values():  # warms up
         contestant()
-    for name, contestant in list(contestants.items()) * rounds:
-        turn = []
-        while sum(turn) < 0.5:
-            started = time.perf_counter()
-            contestant()
-            turn.append(time.perf_counter() - started)
-        found[name].append(median(turn))
+    for number in range(rounds):
+        if number and time.perf_counter() - begun > SECONDS:
+            break
+        for name, contestant in contestants.items():
+            turn = []
+            while sum(turn) < 0.5:
+                started = time.perf_counter()
+                contestant()
+                turn.append(time.perf_counter() - started)
+            found[name].append(median(turn))
     return found
 
 

@@ -171,8 +171,8 @@ def conversation(row, where="a row"):
     turn = messages[-2:] if roles[-1] == "assistant" else messages[-1:]
     other = [m for m in last if m["content"] and m not in turn]
     refuse(other, f"{where}: `prompt` and `response` are not the last turn of `messages`")
-    odd = re.search("[\0\ud800-\udfff]", "".join(m["content"] for m in messages))
-    refuse(odd, f"{where}: bytes that are not UTF-8, NUL characters or half a surrogate pair")
+    odd = re.search("[\ud800-\udfff]", "".join(m["content"] for m in messages))
+    refuse(odd, f"{where}: bytes that are not UTF-8, or half of a surrogate pair, are not text")
     return messages if roles[-1] == "user" or messages[-1]["content"].strip() else messages[:-1]
 
 

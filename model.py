@@ -6,8 +6,8 @@
 There are two guard paths:
 
     full         f' reads the whole conversation again (LoRA-Guard, arXiv 2407.02987)
-    activated    the chat path reads the conversation; f' reads only the guard prompt, a short
-                 question after it that attends to the chat path's KV cache (arXiv 2504.12397)
+    activated    the chat path reads the conversation; f' reads only the guard prompt, one or a few
+                 tokens after it that attend to the chat path's KV cache (arXiv 2504.12397)
 
 Shapes: B conversations, T tokens, M guard-prompt tokens, H hidden width, K categories.
 """
@@ -44,7 +44,7 @@ class GuardConfig:
 
     categories: list[str] = field(default_factory=list)  # in the order of the head's outputs
     guard_path: str = "activated"  # or "full"
-    guard_prompt: str = "\n\nIs the conversation above harmful? Answer:"  # the activated path's question
+    guard_prompt: str = ""  # what the activated path reads last; "" is the tokenizer's end token
     lora_r: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -112,7 +112,8 @@ class GuardedChat(nn.Module):
         place = {"dtype": torch.float32, "device": lm_head.weight.device}
         self.head = nn.Linear(width, outputs, bias=config.clf_head_bias, **place)
         self.is_full = config.guard_path == "full"
-        question = [] if self.is_full else tokenizer(config.guard_prompt, add_special_tokens=False).input_ids
+        question = config.guard_prompt or tokenizer.eos_token or ""
+        question = [] if self.is_full else tokenizer(question, add_special_tokens=False).input_ids
         ids = torch.tensor([question], dtype=torch.long, device=chat_model.device)  # (1, M)
         self.register_buffer("guard_prompt_ids", ids, persistent=False)
         self.max_tokens = context_length(chat_model.config.get_text_config()) - len(question)

@@ -39,7 +39,7 @@ def parse_arguments():
     add("output_dir", nargs="?", type=Path, help="default: the next free runs/N")
     add("--dataset", nargs="+", help=f"hub id or files; default: {BEAVERTAILS}, or our sample for {EMBEDDED}")
     add("--guard-path", choices=("activated", "full"), help="full is the paper's")
-    add("--guard-prompt", help="the question after the conversation, on the activated path")
+    add("--guard-prompt", help="text that the activated path reads last; default: the end token alone")
     targets = "all-linear, names such as q_proj,v_proj (the paper's), or none: only the head learns"
     add("--lora-targets", type=lambda names: names.split(",") if names != "none" else [], help=targets)
     add("--lora-r", type=int)

@@ -5,6 +5,7 @@
 Five tenths of BeaverTails' prompts are for training and four for measuring. That is more than
 train.py's usual tenth, so the figures vary less. The last tenth is the test split of the one variant that
 needs one.
+All guards but those of another guard prompt have the ten tokens of QUESTION, then the default of train.py.
 ablation.json keeps what was measured. A run trains only what is not in there, and a killed run goes on.
 """
 
@@ -29,6 +30,7 @@ PLAIN = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+QUESTION = "\n\nIs the conversation above harmful? Answer:"
 LONG = "\n\nIs anything in the conversation above harmful, hateful, illegal or unsafe? Answer yes or no:"
 WEATHER = "\n\nThe weather was fine for the rest of that day"
 VARIANTS = {  # {name: (seeds, the options of train.py that differ from the default's)}
@@ -111,7 +113,7 @@ def train(output, variant, seed, options, rows):
     folder = output / f"{variant} {seed}".translate(str.maketrans(" ,:", "___"))
     model = str(output / "plain-template") if variant == "template: plain" else EMBEDDED
     command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), model, str(folder)]
-    command += ["--dataset", *rows, "--epochs=2", f"--seed={seed}", *options]
+    command += ["--dataset", *rows, "--epochs=2", f"--seed={seed}", f"--guard-prompt={QUESTION}", *options]
     if "--guard-path=full" not in options:
         command += ["--cache-dir", str(output / "caches")]
     if (folder / "config.json").exists():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,13 @@ def test_contestants_take_turns_and_the_median_counts(monkeypatch):
     assert "".join(calls) == "ab" + "abb" + "abbb" + "ab"
     assert found == {"a": [1, 2, 30], "b": [0.25, 0.0625, 0.5]}
     assert ratio(found, "a", "b") == 32 and ratio(found, "b", "a") == 1 / 32
+
+
+def test_a_slow_machine_gets_fewer_rounds(monkeypatch):
+    """Kills: a run that takes as many rounds however long one takes, a contestant without its last turn."""
+    monkeypatch.setattr(bench, "SECONDS", 0)
+    found = turns("sleep", {"a": lambda: time.sleep(0.26), "b": lambda: time.sleep(0.51)}, 5)
+    assert [len(seconds) for seconds in found.values()] == [1, 1]
 
 
 def test_progress_goes_to_standard_error(capsys):

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 import chat
 from common import UserError
 from lora import LoRALinear
-from model import GuardConfig
+from model import GuardConfig, GuardedChat
 
 KINDS = ["llama", "mistral", "gpt2"]
 PATHS = ["activated", "full"]
@@ -281,6 +281,15 @@ def test_lora_dropout_acts_in_training_only(path):
     assert torch.equal(guard.score(conversations(guard)), guard.score(conversations(guard)))
 
 
+def test_the_default_guard_prompt_is_the_end_token():
+    """Kills: a question of many tokens, for which a verdict costs as many decode steps."""
+    guard = make_guard(guard_prompt="")
+    assert guard.guard_prompt_ids.tolist() == [[guard.tokenizer.eos_token_id]]
+    guard.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="guard prompt of 0 tokens"):
+        GuardedChat(make_model(), guard.tokenizer, guard.config)
+
+
 def test_ends_cut_the_conversations_of_a_batch():
     """Kills: an `ends` that is ignored, or that cuts the beginning."""
     guard, ends = make_guard(), [3, 9, 5, 7]
@@ -299,7 +308,6 @@ WRONG = [
     {"lora_alpha": math.inf},
     {"lora_dropout": 1.0},
     {"guard_path": "half"},
-    {"guard_prompt": ""},
     {"guard_prompt": ["a", "b"]},
     {"guard_prompt": "a" * 10**4},
     {"categories": ["a", "a"]},

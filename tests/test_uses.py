@@ -76,7 +76,7 @@ def with_vision():
 def test_every_lora_tensor_gets_a_gradient_within_two_steps(kind, path):
     """Kills: LoRA in a vision tower or a side projection that a text never reaches."""
     chat_model = with_vision() if kind == "with vision" else make_model(kind)
-    guard = GuardedChat(chat_model, make_tokenizer(), GuardConfig(["theft"], path, lora_r=4))
+    guard = GuardedChat(chat_model, make_tokenizer(), GuardConfig(["theft"], path, " harmful?", lora_r=4))
     optimizer, moved = torch.optim.SGD(guard.adapter().values(), lr=1.0), set()
     for _ in range(2):
         guard(ROWS).square().sum().backward()
