@@ -151,7 +151,7 @@ def piped():
     """The lines on standard input, if that is a pipe or a file."""
     mode = os.fstat(sys.stdin.fileno()).st_mode if sys.stdin else 0
     if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
-        # UTF-16 without a mark looks like text with NUL characters. Make it half of a surrogate pair: no text.
+        # UTF-16 without a mark looks like text with NUL characters. Half of a surrogate pair is refused.
         lines = (line.strip().replace("\0", "\udc00") for line in text_lines(sys.stdin.buffer))
         yield from filter(None, lines)
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +267,14 @@ def test_text_without_spaces_is_shown_piece_by_piece(text):
         assert len(tokenizer(text[len(part) :]).input_ids) <= len(ids) - end + 3
 
 
+def test_a_literal_replacement_character_does_not_hold_the_rest_back():
+    """Kills: a stream that waits for the end of a character that is whole."""
+    tokenizer = make_tokenizer()
+    ids = tokenizer("so \ufffd it is", add_special_tokens=False).input_ids
+    assert whole_characters(tokenizer, ids) == "so \ufffd it is"
+    assert whole_characters(tokenizer, ids[:-2]).startswith("so \ufffd ")
+
+
 PRINTS = "import sys; sys.path.insert(0, sys.argv[1]); from common import run; run(lambda: print('é 東京'))"
 
 
@@ -275,6 +285,48 @@ def test_a_console_that_lacks_characters_is_no_error(encoding):
     command = [sys.executable, "-c", PRINTS, str(Path(checkpoint.__file__).parent)]
     ended = subprocess.run(command, env=environment, capture_output=True)
     assert ended.returncode == 0 and ended.stdout.endswith(b"\n")
+
+
+@pytest.mark.slow
+def test_a_file_that_four_processes_share_has_every_row_once(tmp_path):
+    """Kills: a row that is written twice where processes outnumber rows, a dead process that loses rows."""
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    rows = write(tmp_path / "train.jsonl", make_rows(60))
+    root = Path(checkpoint.__file__).parent
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": tmp_path}
+    train = [
+        sys.executable,
+        str(root / "train.py"),
+        "base",
+        "run",
+        "--dataset",
+        rows,
+        "--epochs=1",
+        "--lora-r=2",
+    ]
+    assert subprocess.run(train, **options).returncode == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi-gpu", "--main_process_port=0"]
+
+    def command(processes, count, output):
+        path = write(tmp_path / "in.jsonl", [{"prompt": f"question {n}"} for n in range(count)])
+        guard = [str(root / "moderate.py"), "run/config.json", "--input", path, "--output", output]
+        return [*launch, f"--num-processes={processes}", *guard]
+
+    def numbers(output):
+        return [int(json.loads(line)["prompt"].split()[1]) for line in open(tmp_path / output)]
+
+    for count in (1, 2, 259):
+        assert subprocess.run(command(4, count, f"{count}.jsonl"), **options).returncode == 0
+        assert numbers(f"{count}.jsonl") == list(range(count))
+    process = subprocess.Popen(command(2, 3_000, "killed.jsonl"), **options)
+    while not (tmp_path / "killed.jsonl").exists() or not numbers("killed.jsonl"):
+        time.sleep(0.05)
+    [child, *_] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    assert process.wait() != 0 and len(numbers("killed.jsonl")) < 3_000
+    assert subprocess.run(command(2, 3_000, "killed.jsonl"), **options).returncode == 0
+    assert numbers("killed.jsonl") == list(range(3_000))
 
 
 def test_a_cache_is_read_by_one_guard_only():
