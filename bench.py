@@ -164,21 +164,21 @@ def operations(guard, lengths, training):
     return read + judged * (2 if training else 1) + lora * (3 if training else 1)
 
 
-def learn(judge, optimizer, texts, targets):
-    """One step of training. judge(texts) -> logits (B, 1 + K)."""
-    guard_loss(judge(texts), targets, torch.ones(targets.shape[1]), True).backward()
+def learn(judge, optimizer, texts, targets, *options):
+    """One step of training. judge(texts, *options) -> logits (B, 1 + K)."""
+    guard_loss(judge(texts, *options), targets, torch.ones(targets.shape[1]), True).backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
-def reference(guard, chat_model, longest):
-    """(judge, optimizer) set up as LoRA-Guard's authors do: LoRA on q and v, padding to `longest`, a mask."""
+def reference(guard, chat_model):
+    """(judge, optimizer) set up as LoRA-Guard's authors do: LoRA on q and v, right padding, a mask."""
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(chat_model.base_model, config).train()
     head = torch.nn.Linear(guard.head.in_features, guard.head.out_features)
 
-    def judge(texts):
+    def judge(texts, longest=0):  # pads to at least so many tokens
         ids, mask = (rows[:-1] for rows in guard.pad([*texts, [0] * longest], "right"))  # (B, T)
         hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, T, H)
         return head(hidden[torch.arange(len(texts)), mask.sum(1) - 1].float())
@@ -193,11 +193,14 @@ def measure_rows(args, guard, texts, targets, rounds):
     scored = [texts[row] for batch in sample(texts, SCORED) for row in batch]
     optimizer = torch.optim.AdamW(guard.parameters())
     chat_model = load_chat_model(args.model)[0].to(guard.chat_model.dtype)
-    peer = reference(guard, chat_model, max(map(len, texts)))
+    peer, longest = reference(guard, chat_model), max(map(len, texts))
+    mixed = [scored[n] for n in torch.randperm(len(scored), generator=torch.Generator().manual_seed(0))]
+    file = [mixed[start : start + SCORED] for start in range(0, len(mixed), SCORED)]  # in a file's order
     contestants = {
         "ours": lambda: [learn(guard.train(), optimizer, *batch) for batch in ours],
-        "peer": lambda: learn(*peer, *theirs),
+        "peer": lambda: learn(*peer, *theirs, longest),
         "score": lambda: guard.score(scored),
+        "peer score": lambda: [torch.no_grad()(peer[0])(batch) for batch in file],
     }
     pairs = {size: torch.randn(2, size, size).to(chat_model.dtype) for size in PRODUCTS}
     contestants |= {size: lambda pair=pair: pair[0] @ pair[1] for size, pair in pairs.items()}
@@ -211,6 +214,7 @@ def measure_rows(args, guard, texts, targets, rounds):
         "train_rows_per_second": len(learnt) / median(found["ours"]),
         "train_speedup": ratio(found, "peer", "ours") * len(learnt) / len(theirs[0]),
         "train_fraction_of_limit": operations(guard, learnt, training=True) * ratio(found, "limit", "ours"),
+        "score_speedup": ratio(found, "peer score", "score"),
         "score_tokens_per_second": sum(judged) / median(found["score"]),
         "score_fraction_of_limit": operations(guard, judged, training=False) * ratio(found, "limit", "score"),
     }

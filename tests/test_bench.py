@@ -82,7 +82,7 @@ def test_the_limit_is_the_fastest_product_of_the_same_round(args, monkeypatch):
     """Kills: the slowest product, one limit for all rounds, a mean, rows counted more than once."""
     found = {size: [2 * size**3 / speed for speed in (1, 2, 4)] for size in PRODUCTS}
     found[PRODUCTS[1]] = [seconds / 10 for seconds in found[PRODUCTS[1]]]
-    found |= {"ours": [1, 4, 0.25], "peer": [2, 2, 2], "score": [2, 2, 2]}
+    found |= {"ours": [1, 4, 0.25], "peer": [2, 2, 2], "score": [2, 2, 2], "peer score": [4, 9, 6]}
     replace_turns(monkeypatch, found, calls=0)
     monkeypatch.setattr(bench, "operations", lambda guard, lengths, training: 20 if training else 40)
     fields = measure_rows(args, make_guard(), [[5] * 10] * 64, torch.zeros(64, 3), 3)
@@ -92,6 +92,7 @@ def test_the_limit_is_the_fastest_product_of_the_same_round(args, monkeypatch):
             "train_rows_per_second": 64,
             "train_speedup": 2 * 64 / BATCH,
             "train_fraction_of_limit": 2.0,
+            "score_speedup": 3,
             "score_tokens_per_second": 320,
             "score_fraction_of_limit": 1.0,
         }
@@ -207,9 +208,12 @@ def test_the_peer_pads_every_row_to_the_longest_and_ours_does_not(args, monkeypa
     fields = measure_rows(args, guard, texts, targets, 1)
     question = guard.guard_prompt_ids.shape[1]
     ours = [(BATCH, length) for end in (16, 32, 48, 64) for length in (end, question)]
-    assert [shape for shape, _ in seen] == [*ours, (BATCH, 64)]
-    assert sorted(seen[-1][1]) == list(range(1, 17))
-    assert returned.keys() == {"ours", "peer", "score", *PRODUCTS}
+    learnt, *judged = seen[len(ours) :]  # the peer's one batch of training, and its two of scoring
+    assert [shape for shape, _ in seen[: len(ours)]] == ours and learnt[0] == (BATCH, 64)
+    assert sorted(learnt[1]) == list(range(1, 17))
+    assert sorted(judged[0][1] + judged[1][1]) == list(range(1, 65))  # in no order, padded to their longest
+    assert [shape for shape, _ in judged] == [(32, max(lengths)) for _, lengths in judged]
+    assert returned.keys() == {"ours", "peer", "score", "peer score", *PRODUCTS}
     assert fields["train_rows_per_second"] == 64 and fields["train_speedup"] == 64 / BATCH
     assert scored == sorted(texts, key=len) and fields["score_tokens_per_second"] == sum(range(65))
     changed = {
