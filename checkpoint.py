@@ -102,7 +102,8 @@ def use_fast_dtype(guard, dtype=None):
         reason = " and ".join(f"{time:.1f} ms in {kind}" for kind, time in times.items())
         reason = f"a product of its matrices takes {reason}"
     dtype, reason = broadcast_object_list([dtype, reason])  # processes that differ would give other verdicts
-    model.to(getattr(torch, dtype))
+    if dtype != stored:  # a quantised model cannot be cast at all
+        model.to(getattr(torch, dtype))
     return f"computing in {dtype}: {reason}"
 
 

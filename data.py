@@ -42,6 +42,7 @@ UNKNOWN = ("", "none", "nan", "null")
 TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 SAFETY = {"safe": True, "unharmful": True, "unsafe": False, "harmful": False}
 SPLITS = ("train", "validation", "test")
+
 # ---------------------------------------------------------------- reading
 
 
@@ -110,9 +111,8 @@ def check_row(row, where):
 def truth(value, where, words=None):
     """A label as tables write it -> True, False or None, which is unknown."""
     words = TRUTH | (words or {})
-    refuse(
-        word(value) not in (*UNKNOWN, *words), f"{where} is {value!r}; it may be empty or {', '.join(words)}"
-    )
+    odd = word(value) not in (*UNKNOWN, *words)
+    refuse(odd, f"{where} is {value!r}; it may be empty or {', '.join(words)}")
     return words.get(word(value))
 
 
@@ -125,7 +125,10 @@ def nested(value, where):
     if not isinstance(value, str) or word(value) in UNKNOWN:
         return None if isinstance(value, str) else value
     with explain(f"{where} must be JSON"):
-        return json.loads(value) if re.match(r'[{[]\s*["{\]}]', value.strip()) else ast.literal_eval(value)
+        try:
+            return json.loads(value)
+        except ValueError:
+            return ast.literal_eval(value)
 
 
 def views(row, labelled=True):
@@ -164,9 +167,7 @@ def conversation(row, where="a row"):
     roles = [m["role"] for m in messages if m is not messages[0] or m["role"] != "system"]
     fits = roles and roles == (["user", "assistant"] * len(roles))[: len(roles)]
     fits = fits and all(isinstance(m["content"], str) for m in messages)
-    form = (
-        "`messages` [{role, content}, ...]: a system message if there is one, then user and assistant in turn"
-    )
+    form = "`messages` [{role, content}, ...]: perhaps a system message, then user and assistant in turn"
     refuse(not fits, f"{where}: a row needs text as `prompt` and, if it has one, `response`, or {form}")
     turn = messages[-2:] if roles[-1] == "assistant" else messages[-1:]
     other = [m for m in last if m["content"] and m not in turn]
@@ -184,9 +185,8 @@ def plain_message(message, where):
         role, content = message.pop("from"), message.pop("value")
     else:
         role, content = message.pop("role"), message.pop("content")
-    refuse(
-        message, f"{where}: a message has role and content only, not {', '.join(sorted(map(str, message)))}"
-    )
+    names = ", ".join(sorted(map(str, message)))
+    refuse(names, f"{where}: a message has role and content only, not {names}")
     if isinstance(content, list):
         other = [part["type"] for part in content if part["type"] != "text"]
         refuse(other, f"{where}: the guard would not see a part of type {', '.join(map(str, other))}")

@@ -129,7 +129,7 @@ def test_8_bit_base_is_guarded_by_adapters_in_fp32(path, tmp_path):
     chat_model, tokenizer = load_chat_model(str(tmp_path / "8-bit"))
     assert chat_model.model.layers[0].mlp.up_proj.weight.dequantize().unique().numel() < 48 * 32
     assert fingerprint(chat_model, tokenizer) == fingerprint(make_model(), make_tokenizer())
-    guard = GuardedChat(chat_model, tokenizer, GuardConfig(["theft", "hate"], path, lora_r=4))
+    guard = GuardedChat(chat_model, tokenizer, GuardConfig(["theft", "hate"], path, "?", lora_r=4))
     assert {parameter.dtype for parameter in guard.adapter().values()} == {torch.float32}
     model = KeptCaches(guard, tmp_path / "caches") if path == "activated" else guard
     rows = conversations(tokenizer)

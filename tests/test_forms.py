@@ -1,5 +1,6 @@
 """Rows as people's tables have them: labels, columns of known sets, containers, encodings."""
 
+import csv
 import gzip
 import json
 
@@ -56,6 +57,17 @@ def test_categories_as_pandas_and_parquet_write_them(tmp_path):
     rows = [{"prompt": "a", "category": {"theft": True}}, {"prompt": "b", "category": {"hate": False}}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     assert told(tmp_path / "rows.parquet") == [("a", False, {"theft": True}), ("b", True, {"hate": False})]
+
+
+@pytest.mark.parametrize("text", [json.dumps, str])
+def test_messages_of_a_table(tmp_path, text):
+    """Kills: a conversation in a table's cell that is taken for a prompt, or only read as JSON."""
+    messages = [{"role": "user", "content": 'it\'s "b"'}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "rows.csv").write_text("messages;is_safe\n")
+    with open(tmp_path / "rows.csv", "a", newline="") as file:
+        csv.writer(file, delimiter=";").writerow([text(messages), "1"])
+    [row] = rows_of(tmp_path / "rows.csv")
+    assert conversation(row) == messages
 
 
 def test_columns_of_known_sets(tmp_path):

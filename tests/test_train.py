@@ -471,7 +471,16 @@ def test_train_columns_are_the_first_rows_by_the_epochs_weights(model_folder, tm
     for row in rows:  # so labels are learnt slowly, and from whole answers
         row["response"] += " it is not safe" * 3 * (not row["is_safe"])
     file = write(tmp_path / "rows.jsonl", rows)
-    run(monkeypatch, model_folder, output, "--dataset", file, "--epochs=3", "--learning-rate=2e-4")
+    run(
+        monkeypatch,
+        model_folder,
+        output,
+        "--dataset",
+        file,
+        "--epochs=3",
+        "--learning-rate=2e-4",
+        "--guard-prompt= safe?",
+    )
     splits, categories = load_splits([file])
     targets = labels(splits["train"], categories).numpy()
     found = table(output, "metrics.csv")
@@ -483,9 +492,8 @@ def test_train_columns_are_the_first_rows_by_the_epochs_weights(model_folder, tm
         scores = guard.score(ids).double().sigmoid().numpy()
         wanted = metrics(targets[:24, 0], scores[:24, 0], float(row["threshold"]))
         assert wanted["auprc"] != pytest.approx(metrics(targets[:, 0], scores[:, 0], 0)["auprc"], abs=1e-6)
-        assert {name: float(row[f"train/{name}"]) for name in MEASURES} == pytest.approx(
-            wanted, abs=1e-6, nan_ok=True
-        )
+        columns = {name: float(row[f"train/{name}"]) for name in MEASURES}
+        assert columns == pytest.approx(wanted, abs=1e-6, nan_ok=True)
         for k, name in enumerate(categories, 1):
             wanted = metrics(targets[:24, k], scores[:24, k], 0)["auprc"]
             assert float(row[f"train/{name}/auprc"]) == pytest.approx(wanted, abs=1e-6)
