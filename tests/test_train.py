@@ -463,6 +463,9 @@ def test_a_run_keeps_thresholds_for_several_rates(model_folder, tmp_path, monkey
         load_guard(output / "config.json", device_id=-1, max_fpr=0.001)
 
 
+TEN = "\n\nIs the conversation above harmful? Answer:"
+
+
 def test_train_columns_are_the_first_rows_by_the_epochs_weights(model_folder, tmp_path, monkeypatch):
     """Kills: other rows, all rows, cut answers, the weights of another epoch, another threshold."""
     monkeypatch.setattr(train, "TRAIN_SAMPLE", 24)
@@ -479,7 +482,7 @@ def test_train_columns_are_the_first_rows_by_the_epochs_weights(model_folder, tm
         file,
         "--epochs=3",
         "--learning-rate=2e-4",
-        "--guard-prompt= safe?",
+        f"--guard-prompt={TEN}",
     )
     splits, categories = load_splits([file])
     targets = labels(splits["train"], categories).numpy()
