@@ -68,8 +68,10 @@ def render(tokenizer, messages, **options):
 def fix_date(template, date):
     """The chat template with this date for today's; the same text would have another verdict every day."""
     today = datetime.fromisoformat(date)
-    fixed = re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(today.strftime(call[2])), template)
-    refuse("strftime_now(" in fixed, "the chat template asks for the date in a way that cannot be fixed")
+    call = r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)"
+    fixed = re.sub(call, lambda found: repr(today.strftime(found[2])), template)
+    live = re.search(r"strftime_now(?!\s+is\s+(not\s+)?defined)", fixed)
+    refuse(live, "the chat template asks for the date without a literal format; it would change every day")
     return fixed
 
 
@@ -204,9 +206,10 @@ def checkpoint_gradients(chat_model, gate):
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import, and seldom needed
 
     options = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), gate.opened())}
-    for module in chat_model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.forward = functools.partial(checkpoint, module.forward, **options)
+    layers = [m for m in chat_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    refuse(not layers, f"a {type(chat_model).__name__} has no layers for gradient checkpointing")
+    for module in layers:
+        module.forward = functools.partial(checkpoint, module.forward, **options)
 
 
 def refuse_to_save(*_, **__):

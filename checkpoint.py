@@ -230,8 +230,8 @@ def start_accelerator(**options):
     accelerator = Accelerator(**options)
     started = max(int(os.environ.get(name, 1)) for name in LAUNCHED)
     advice = "for processes on the CPU set ACCELERATE_USE_CPU=true, and use `accelerate launch --multi-gpu`"
-    alone = f"{started} processes were started, and each sees {accelerator.num_processes}: {advice}"
-    refuse(started != accelerator.num_processes, alone)
+    seen = accelerator.num_processes
+    refuse(started != seen, f"{started} processes were started, and each believes there is {seen}: {advice}")
     return accelerator
 
 

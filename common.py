@@ -17,7 +17,7 @@ from pyarrow.parquet import ParquetFile
 DTYPES = ("float32", "bfloat16", "float16")
 TABLES = (".csv", ".tsv")
 SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLES, ".parquet")
-BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before UTF-16, whose BOM starts alike
+BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # tested first: it begins with UTF-16's
 BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -94,7 +94,7 @@ def read_file(path):
 
 
 def text_lines(file):
-    """The lines of a binary file in UTF-8, or in what its first bytes say. Other bytes become surrogates."""
+    """The lines of a binary file, in UTF-8 (wrong bytes: surrogates) or as its byte-order mark says."""
     encoding = next((name for bom, name in BOMS.items() if file.peek(4).startswith(bom)), None)
     errors = "strict" if encoding else "surrogateescape"
     return io.TextIOWrapper(file, encoding or "utf-8-sig", errors, newline="")
@@ -102,28 +102,33 @@ def text_lines(file):
 
 def json_rows(lines):
     """Yield (place, row) of JSON Lines, or of one JSON array."""
-    for number, line in enumerate(lines, 1):
-        if number == 1 and line.lstrip().startswith("["):
-            yield from ((f"row {n}", row) for n, row in enumerate(json.loads(line + "".join(lines)), 1))
-        elif line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"line {number}", UserError(f"not JSON ({one_line(error)})")
+    filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    first = next(filled, (0, ""))
+    if first[1].lstrip().startswith("["):
+        rows = json.loads(first[1] + "".join(lines))
+        yield from ((f"row {n}", row) for n, row in enumerate(rows, 1))
+        return
+    for number, line in itertools.chain([first] if first[0] else [], filled):
+        try:
+            yield f"line {number}", json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield f"line {number}", UserError(f"not JSON ({one_line(error)})")
 
 
 def table_rows(lines):
     """Yield (place, row) of a table with a header, whose cells are between commas, semicolons or tabs."""
     header = next(lines, "")
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count))
+    delimiter = max(",;\t", key=header.count)  # not in the header: one column, whose text may have commas
+    delimiter = delimiter if delimiter in header else "\0"
+    reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
     columns = next(reader, [])
+    if len(set(columns)) < len(columns):
+        raise ValueError("two columns have the same name")
     for number, cells in enumerate(filter(None, reader), 1):
-        wrong = UserError(f"there are {len(cells)} cells for {len(columns)} columns")
-        yield (
-            f"row {number}",
-            dict(zip(columns, cells, strict=False)) if len(cells) == len(columns) else wrong,
-        )
+        fits = len(cells) == len(columns)
+        wrong = f"there are {len(cells)} cells for {len(columns)} columns"
+        yield f"row {number}", dict(zip(columns, cells, strict=True)) if fits else UserError(wrong)
 
 
 def write_whole(path, content):

@@ -26,7 +26,7 @@ from common import SUFFIXES, UserError, explain, one_line, read_file, refuse, su
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
 HUB_CONFIGS = {"lmsys/toxic-chat": "toxicchat0124", "allenai/wildguardmix": "wildguardtrain"}  # which to load
-SETS = (  # (prompt, response, label) of known data sets; a row gives one row for each line that it fits
+SETS = (  # (prompt, response, label) of known data sets; a row becomes one for each line whose columns it has
     ("user_input", None, "toxicity"),  # ToxicChat, arXiv 2310.17389
     ("prompt", None, "prompt_harm_label"),  # WildGuardMix, arXiv 2406.18495
     ("prompt", "response", "response_harm_label"),
@@ -41,6 +41,7 @@ ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 UNKNOWN = ("", "none", "nan", "null")
 TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 SAFETY = {"safe": True, "unharmful": True, "unsafe": False, "harmful": False}
+NOT_TEXT = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, as bytes that are not UTF-8 become
 SPLITS = ("train", "validation", "test")
 
 # ---------------------------------------------------------------- reading
@@ -65,10 +66,10 @@ def read_rows(sources):
 
 def files_of(folder):
     """The files of a folder that can be read. The others are named."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(folder.iterdir())
     if odd := [file.name for file in files if suffix(file) not in SUFFIXES]:
         print(one_line(f"{folder}: not read: {', '.join(odd)}"), file=sys.stderr)
-    return [file for file in files if suffix(file) in SUFFIXES]
+    return [file for file in files if file.name not in odd]
 
 
 def evaluation_rows(sources):
@@ -98,6 +99,8 @@ def check_row(row, where):
     conversation(row, where)
     category = nested(row.get("category"), f"{where}: `category`") or {}
     refuse(not isinstance(category, dict), f"{where}: `category` must be an object of name: true or false")
+    odd = [name for name in category if not isinstance(name, str) or NOT_TEXT.search(name)]
+    refuse(odd, f"{where}: the name of a category must be text, not {odd[:1]!r}")
     category = {name: truth(value, f"{where}: category {name!r}") for name, value in category.items()}
     category = {name: value for name, value in category.items() if value is not None}
     is_safe = truth(row.get("is_safe"), f"{where}: `is_safe`", SAFETY)
@@ -112,7 +115,7 @@ def truth(value, where, words=None):
     """A label as tables write it -> True, False or None, which is unknown."""
     words = TRUTH | (words or {})
     odd = word(value) not in (*UNKNOWN, *words)
-    refuse(odd, f"{where} is {value!r}; it may be empty or {', '.join(words)}")
+    refuse(odd, f"{where} is {value!r}; allowed: empty, {', '.join(words)}")
     return words.get(word(value))
 
 
@@ -131,25 +134,52 @@ def nested(value, where):
             return ast.literal_eval(value)
 
 
-def views(row, labelled=True):
-    """Yield the row with our columns, once for each text that its data set has, or labels if `labelled`."""
-    found = []
-    if isinstance(row, dict):  # a table may have capitals or spaces in its header
-        row = {name if word(name) not in COLUMNS else word(name): value for name, value in row.items()}
-    if isinstance(row, dict) and not row.keys() & {"is_safe", "category"}:
-        if names := [name for name in OPENAI_LABELS if name in row]:
-            values = {word(row[name]) for name in names}.difference(UNKNOWN)
-            odd = values.difference(TRUTH)
-            is_safe = odd.pop() if odd else not any(TRUTH[value] for value in values) if values else None
-            found.append(row | {"is_safe": is_safe})
-        for prompt, response, label in SETS:
-            if {prompt, label} <= row.keys() and (response is None or row.get(response)):
-                value = TRUTH.get(word(row[label]))
-                is_safe = row[label] if value is None or "safe" in label else not value
-                ours = {"prompt": row[prompt], "response": response and row[response], "is_safe": is_safe}
-                found.append(row | ours)
-    known = [view for view in found if not labelled or word(view["is_safe"]) not in UNKNOWN]
+def views(row):
+    """Yield the row in our columns, once for each text of it that a known data set labels."""
+    row = in_our_columns(row)
+    if not isinstance(row, dict) or row.keys() & {"is_safe", "category"}:
+        yield row
+        return
+    found = [row | {"is_safe": openai_label(row)}] if row.keys() & {*OPENAI_LABELS} else []
+    for prompt, response, label in SETS:
+        if {prompt, label} <= row.keys() and (response is None or word(row.get(response)) not in UNKNOWN):
+            value = TRUTH.get(word(row[label]))
+            is_safe = row[label] if value is None or "safe" in label else not value
+            texts = {"prompt": row[prompt], "response": row[response] if response else None}
+            found.append(row | texts | {"is_safe": is_safe})
+    known = [view for view in found if word(view["is_safe"]) not in UNKNOWN]
     yield from known or found[-1:] or [row]
+
+
+def unlabelled(row):
+    """Yield the row in our columns, once for each of its answers: what is judged where nothing is learnt."""
+    row = in_our_columns(row)
+    if not isinstance(row, dict):
+        yield row
+        return
+    prompts = [name for name, _, _ in SETS if name in row]
+    row = row | {"prompt": row[prompts[0]]} if prompts and "prompt" not in row else row
+    answers = {name for _, name, _ in SETS if word(row.get(name)) not in UNKNOWN} - {"response"}
+    yield from [row | {"response": row[name]} for name in sorted(answers)] or [row]
+
+
+def in_our_columns(row):
+    """The row with our names of columns; tables may have capitals or spaces in theirs."""
+    if not isinstance(row, dict):
+        return row
+    names = [word(name) if word(name) in COLUMNS else name for name in row]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        return UserError(f"several columns have the name {twice[0]!r}")
+    return dict(zip(names, row.values(), strict=True))
+
+
+def openai_label(row):
+    """Whether a text of OpenAI's set is safe: unsafe if any label is 1. A value that is no label as it is."""
+    values = [row[name] for name in OPENAI_LABELS if name in row and word(row[name]) not in UNKNOWN]
+    odd = [value for value in values if word(value) not in TRUTH]
+    harm = any(TRUTH.get(word(value)) for value in values)
+    return odd[0] if odd else not harm if values else None
 
 
 def conversation(row, where="a row"):
@@ -161,18 +191,21 @@ def conversation(row, where="a row"):
     row = row if isinstance(row, dict) else {}
     texts = [("user", row.get("prompt")), ("assistant", row.get("response"))]
     last = [{"role": role, "content": text} for role, text in texts if text is not None]
-    given = nested(row.get("messages") or row.get("conversations"), f"{where}: `messages`")
-    with explain(f"{where}: a message is {{role, content}}, and content is text", (TypeError, LookupError)):
+    names = [name for name in ("messages", "conversations") if row.get(name) not in (None, "")]
+    refuse(len(names) > 1, f"{where}: give `messages` or `conversations`, not both")
+    given = nested(row[names[0]], f"{where}: `{names[0]}`") if names else None
+    kinds = (TypeError, LookupError, AttributeError)
+    with explain(f"{where}: a message is {{role, content}}, and content is text", kinds):
         messages = last if given is None else [plain_message(message, where) for message in given]
     roles = [m["role"] for m in messages if m is not messages[0] or m["role"] != "system"]
     fits = roles and roles == (["user", "assistant"] * len(roles))[: len(roles)]
     fits = fits and all(isinstance(m["content"], str) for m in messages)
-    form = "`messages` [{role, content}, ...]: perhaps a system message, then user and assistant in turn"
-    refuse(not fits, f"{where}: a row needs text as `prompt` and, if it has one, `response`, or {form}")
+    form = "`messages` with perhaps a system message, and then user and assistant in turn"
+    refuse(not fits, f"{where}: a row needs text as `prompt` (and `response`), or {form}")
     turn = messages[-2:] if roles[-1] == "assistant" else messages[-1:]
     other = [m for m in last if m["content"] and m not in turn]
     refuse(other, f"{where}: `prompt` and `response` are not the last turn of `messages`")
-    odd = re.search("[\ud800-\udfff]", "".join(m["content"] for m in messages))
+    odd = NOT_TEXT.search("".join(m["content"] for m in messages))
     refuse(odd, f"{where}: bytes that are not UTF-8, or half of a surrogate pair, are not text")
     return messages if roles[-1] == "user" or messages[-1]["content"].strip() else messages[:-1]
 
@@ -188,8 +221,9 @@ def plain_message(message, where):
     names = ", ".join(sorted(map(str, message)))
     refuse(names, f"{where}: a message has role and content only, not {names}")
     if isinstance(content, list):
-        other = [part["type"] for part in content if part["type"] != "text"]
-        refuse(other, f"{where}: the guard would not see a part of type {', '.join(map(str, other))}")
+        other = {name for part in content for name in part if part[name] is not None} - {"type", "text"}
+        other |= {part["type"] for part in content} - {"text"}
+        refuse(other, f"{where}: the guard would not see all of a part with {', '.join(map(str, other))}")
         content = "".join(part["text"] for part in content)
     return {"role": ROLES.get(role, role), "content": content + ""}
 

@@ -92,7 +92,7 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None):
         if not found:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise ValueError(
-                f"LoRA target {target!r} is no linear layer that a text reaches; these are: {known}"
+                f"LoRA target {target!r} matches no layer that a text reaches; there are: {known}"
             )
         chosen |= found
     if chosen and r > (widest := max(max(linear_size(linear[name])) for name in chosen)):

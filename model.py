@@ -12,6 +12,7 @@ There are two guard paths:
 Shapes: B conversations, T tokens, M guard-prompt tokens, H hidden width, K categories.
 """
 
+import copy
 import math
 import sys
 from dataclasses import dataclass, field
@@ -97,14 +98,12 @@ class GuardedChat(nn.Module):
         refuse(headless, f"a {type(chat_model).__name__} has no base model below a language-model head")
         offloaded = any(parameter.is_meta for parameter in chat_model.parameters())
         refuse(offloaded, "parts of this model are not in memory (device_map offloads them): load it whole")
-        self.chat_model, self.tokenizer, self.config = chat_model.eval(), tokenizer, config
-        tokenizer.chat_template = fix_date(tokenizer.get_chat_template(), config.date)
+        self.chat_model, self.tokenizer, self.config = chat_model.eval(), copy.copy(tokenizer), config
+        self.tokenizer.chat_template = fix_date(tokenizer.get_chat_template(), config.date)
         lora = (config.lora_targets, config.lora_r, config.lora_alpha, config.lora_dropout)
         reached = reached_layers(chat_model, tokenizer("Hello").input_ids)
         self.gate = inject_lora(chat_model, *lora, reached)
-        chat_model.save_pretrained = (
-            refuse_to_save  # it would write our layers under names that nothing loads
-        )
+        chat_model.save_pretrained = refuse_to_save  # nothing would load our names of its layers
         lm_head = chat_model.get_output_embeddings()
         lm_head.register_forward_pre_hook(make_contiguous)  # saves a copy of its weight
         width = lm_head.weight.shape[-1]  # H; the guard head reads what the language-model head reads

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from chat import Past, encode
 from checkpoint import load_guard, start_accelerator, use_fast_dtype
-from common import UserError, add_guard_arguments, one_line, printable, refuse, run, text_lines, to_json
+from common import (
+    UserError,
+    add_guard_arguments,
+    explain,
+    one_line,
+    printable,
+    refuse,
+    run,
+    text_lines,
+    to_json,
+)
 from data import conversation
 from runs import score_file
 
@@ -153,7 +163,8 @@ def piped():
     if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
         # UTF-16 without a mark looks like text with NUL characters. Half of a surrogate pair is refused.
         lines = (line.strip().replace("\0", "\udc00") for line in text_lines(sys.stdin.buffer))
-        yield from filter(None, lines)
+        with explain("standard input is not text in the encoding of its byte-order mark", UnicodeError):
+            yield from filter(None, lines)
 
 
 def main():

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from checkpoint import adapter_header, save_adapter, start_accelerator
 from common import UserError, explain, lock, one_line, read_file, refuse, to_json, write_json, write_whole
-from data import SPLITS, encode_row, views
+from data import SPLITS, encode_row, unlabelled
 
 # What a row has that cannot be judged.
 UNJUDGED = {"unsafe_probability": None, "flagged": True, "categories": {}, "error": None}
@@ -42,7 +42,8 @@ def open_run(accelerator, output, guard, optimizer, config, resume):
 
 def read_config(output):
     with explain(f"{output} holds no run to go on with"):
-        return json.loads((output / "config.json").read_text())
+        saved = json.loads((output / "config.json").read_text())
+        return saved | {"guard": {"date": None} | saved["guard"]}
 
 
 def read_state(output, guard, optimizer, config):
@@ -152,15 +153,16 @@ def score_file(guard, source, target, strict=False, chunk_rows=256):
     The processes of `accelerate launch` share the rows. A row that cannot be judged gets an `error` instead.
     Raises UserError for such rows, at the end or with `strict` at once, and for a `target` with other rows.
     """
-    refuse(source.exists() and not source.is_file(), f"{source} must be a file: it is read more than once")
+    refuse(not source.is_file(), f"{source} must be a file that is there: it is read more than once")
     overwrites = target.exists() and target.samefile(source)
     refuse(overwrites, f"writing {target} would destroy the input; name another --output")
     accelerator = start_accelerator()
+    out = lock(target) if accelerator.is_main_process else None  # before its rows are counted
+    accelerator.wait_for_everyone()
     done, failed = done_rows(guard, source, target)
     accelerator.wait_for_everyone()  # a slower process would count what this one writes
     rows, number = itertools.islice(rows_of(source), done, None), accelerator.process_index
     with tqdm(initial=done, unit=" rows", disable=number > 0) as bar:
-        out = lock(target) if accelerator.is_main_process else None
         while chunk := list(itertools.islice(rows, chunk_rows)):
             share = -(-len(chunk) // accelerator.num_processes)  # rows of each process but the last ones
             lines = gather_object(judged(guard, chunk[number * share : (number + 1) * share]))
@@ -178,11 +180,10 @@ def score_file(guard, source, target, strict=False, chunk_rows=256):
 def rows_of(source):
     """Yield (where, row, fields to write): the row in our columns, without what an earlier scoring added."""
     for where, row in read_file(source):
-        found = [view if isinstance(view, dict) else {} for view in views(row, labelled=False)]
-        # A data set may label the prompt of a pair alone as well.
-        for view in [view for view in found if view.get("response")] or found[:1]:
-            fields = {name: value for name, value in view.items() if name not in UNJUDGED}
-            yield where, fields or row, fields
+        for view in unlabelled(row):
+            is_row = isinstance(view, dict)
+            fields = {name: view[name] for name in view if name not in UNJUDGED} if is_row else {}
+            yield where, fields if is_row else view, fields
 
 
 def judged(guard, rows):

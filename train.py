@@ -67,6 +67,8 @@ def parse_arguments():
         parser.error("epochs, batch sizes, steps and the learning rate must be above 0 and finite")
     if not 0 <= args.seed < 2**31:
         parser.error("--seed must be from 0 to 2147483647")
+    if args.gradient_checkpointing and args.guard_path != "full":
+        parser.error("--gradient-checkpointing needs --guard-path full")
     if args.resume and not args.output_dir:
         parser.error("--resume needs the run to go on with: train.py MODEL OUTPUT_DIR --resume")
     return args
@@ -135,14 +137,8 @@ def main():
         accelerator.log({"loss": mean_loss}, step=update + 1)
         bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {mean_loss:.3f}")
         if number + 1 == per_epoch:
-            save_epoch(
-                accelerator,
-                output,
-                guard,
-                *measure(accelerator, guard, splits, pos_weight, args),
-                state,
-                config,
-            )
+            measured = measure(accelerator, guard, splits, pos_weight, args)
+            save_epoch(accelerator, output, guard, *measured, state, config)
         if number + 1 == per_epoch or (update + 1) % args.save_steps == 0:
             save_state(accelerator, output, guard, optimizer, state)
     accelerator.wait_for_everyone()  # a process that leaves first takes down the one that writes
@@ -183,7 +179,7 @@ def load(args, accelerator):
     settings = {field.name: getattr(args, field.name) for field in fields(GuardConfig)}
     settings["categories"] = categories
     if args.resume:  # templates may show the date
-        settings["date"] = read_config(args.output_dir).get("guard", {}).get("date", args.date)
+        settings["date"] = read_config(args.output_dir)["guard"]["date"]
     guard = build_guard(chat_model, tokenizer, settings, accelerator.device)
     config |= {"guard": asdict(guard.config), "computing": use_fast_dtype(guard, args.dtype)}
     accelerator.print(config["computing"])

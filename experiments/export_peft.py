@@ -17,7 +17,7 @@ import safetensors.torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checkpoint import load_guard
-from common import run, write_json, write_whole
+from common import refuse, run, write_json, write_whole
 
 LORA = "base_model.model."  # how PEFT names begin
 
@@ -37,6 +37,7 @@ def export(guard, folder):
     """Write the four files."""
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in guard.adapter().items()}
     lora = {name: tensor for name, tensor in tensors.items() if name.startswith(LORA)}
+    refuse(not lora, "this guard has no LoRA layers to export")
     head = {name.removeprefix("guard_head."): tensors[name] for name in tensors.keys() - lora.keys()}
     layers = sorted({name.removeprefix(LORA).partition(".lora_")[0] for name in lora})
     config = {

@@ -160,3 +160,63 @@ def test_lines_come_one_at_a_time_and_a_bad_one_stays_in_its_place(tmp_path):
     assert where.endswith("line 1") and place.endswith("line 3") and isinstance(bad, UserError)
     assert [first, last] == [{"prompt": "a"}, {"prompt": "b"}]
     assert conversation(first) == user("a")
+
+
+MESSAGE = {"role": "user", "content": "a"}
+PART = {"type": "text", "text": "a", "more": "b"}
+REFUSED = {
+    "two columns of one name": ("prompt,Prompt,is_safe\na,b,1\n", "several columns"),
+    "one name twice": ("prompt,prompt,is_safe\na,b,1\n", "the same name"),
+    "an open quote": ('is_safe,prompt\n1,a\n0,"b\n1,c\n', "cannot read"),
+    "a category in Latin-1": ({"prompt": "a", "category": {"cr\udce9dit": True}}, "must be text"),
+    "a number for a category": ("prompt,category\na,\"{1: True, 'a': False}\"\n", "must be text"),
+    "one message": ({"messages": MESSAGE, "is_safe": 1}, "line 1"),
+    "texts for messages": ({"messages": ["a"], "is_safe": 1}, "line 1"),
+    "text for messages": ("messages,is_safe\nhi,1\n", "row 1"),
+    "two conversations": ({"messages": [MESSAGE], "conversations": [MESSAGE], "is_safe": 1}, "not both"),
+    "more in a part": ({"messages": [MESSAGE | {"content": [PART]}], "is_safe": 1}, "more"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), REFUSED.values(), ids=REFUSED)
+def test_text_that_would_be_lost_is_refused(tmp_path, content, said):
+    """Kills: a text, a row or a label that another one silently replaces, a traceback."""
+    path = tmp_path / ("rows.csv" if isinstance(content, str) else "rows.jsonl")
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        rows_of(path)
+
+
+def test_damaged_utf_16_is_refused(tmp_path):
+    """Kills: a traceback for half of a character."""
+    (tmp_path / "rows.jsonl").write_bytes('{"prompt": "a", "is_safe": 1}'.encode("utf-16") + b"x")
+    with pytest.raises(UserError, match="cannot read"):
+        rows_of(tmp_path / "rows.jsonl")
+
+
+def test_an_array_may_stand_below_blank_lines(tmp_path):
+    """Kills: an array that is read as lines because it does not begin on the first one."""
+    (tmp_path / "rows.json").write_text(
+        '\n \n[\n{"prompt": "a", "is_safe": 1},\n{"prompt": "b", "is_safe": 0}\n]\n'
+    )
+    assert told(tmp_path / "rows.json") == [("a", True, None), ("b", False, None)]
+
+
+def test_a_table_of_one_column_has_commas_in_its_text(tmp_path):
+    """Kills: a text that is split where the header has no delimiter."""
+    (tmp_path / "rows.tsv").write_text("prompt\nHello, how; are you\n")
+    [(_, row)] = read_file(tmp_path / "rows.tsv")
+    assert row == {"prompt": "Hello, how; are you"}
+
+
+def test_a_blank_response_does_not_label_its_prompt(tmp_path):
+    """Kills: one prompt that is both safe and unsafe."""
+    row = {"prompt": "a", "response": " ", "prompt_label": "safe", "response_label": "unsafe"}
+    assert told(write(tmp_path / "rows.jsonl", [row])) == [("a", True, None)]
+
+
+def test_the_first_label_that_is_not_understood_is_named(tmp_path):
+    """Kills: an error that depends on the order of a set, and so on the process."""
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "S": "a", "H": "b", "V": "c"}])
+    with pytest.raises(UserError, match="`is_safe` is 'a'"):
+        rows_of(path)

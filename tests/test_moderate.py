@@ -430,22 +430,31 @@ def test_other_forms_of_rows_are_scored_as_for_training(tmp_path):
     for name in ("in.csv", "in.jsonl"):
         score_file(make_guard(), tmp_path / name, tmp_path / f"{name}.out")
         rows = [json.loads(line) for line in (tmp_path / f"{name}.out").read_text().splitlines()]
-        found[name] = [(row["prompt"], row["response"] or None) for row in rows]
+        found[name] = [(row["prompt"], row.get("response") or None) for row in rows]
         for row in rows:
-            unsafe = probabilities(make_guard(), row["prompt"], row["response"] or None)[0]
+            unsafe = probabilities(make_guard(), row["prompt"], row.get("response") or None)[0]
             assert row["unsafe_probability"] == pytest.approx(unsafe, abs=1e-6)
     assert found["in.csv"] == [("hi", "the answer"), ("how", None)]
     assert found["in.jsonl"] == [("hi", "or"), ("hi", "the"), ("hi", "and"), ("is", None)]
+    rows = [{"prompt": "a", "response": "b", name: "safe"} for name in ("prompt_label", "prompt_harm_label")]
+    rows += [{"prompt": "a", "response_0": "b"}, {"user_input": "a"}]
+    write(tmp_path / "in.jsonl", rows)
+    score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / "again.out")
+    rows = [json.loads(line) for line in (tmp_path / "again.out").read_text().splitlines()]
+    assert [row.get("response") for row in rows] == ["b", "b", "b", None]  # whatever was labelled
+    assert not any("is_safe" in row for row in rows)
 
 
 def test_an_output_that_another_process_writes_is_refused(tmp_path):
     """Kills: two commands on one output, whose lines mix."""
     write(tmp_path / "in.jsonl", ROWS)
     held = lock(tmp_path / "out.jsonl")
+    held.write(b"half a li")
+    held.flush()
     with pytest.raises(UserError, match="another process is writing"):
         score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == b"half a li"  # nobody cuts what another one writes
     held.close()
-    score_file(make_guard(), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
 
 
 def test_an_output_that_would_destroy_the_input_is_refused(tmp_path):
@@ -620,6 +629,15 @@ def test_a_pipe_in_any_encoding_is_read_right_or_refused(encoding, files, monkey
             with pytest.raises(UserError, match="cannot be judged"):
                 run(monkeypatch, capsys, *files, "--threshold=2", "--json")
             assert not capsys.readouterr().out
+
+
+def test_a_pipe_of_damaged_utf_16_is_refused(files, monkeypatch, capsys, tmp_path):
+    """Kills: a traceback for half of a character."""
+    (tmp_path / "lines").write_bytes("hi\n".encode("utf-16") + b"x")
+    with open(tmp_path / "lines") as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        with pytest.raises(UserError, match="byte-order mark"):
+            run(monkeypatch, capsys, *files, "--threshold=2")
 
 
 def test_an_unanswered_line_is_told_wherever_it_stands(files, monkeypatch, capsys, tmp_path):

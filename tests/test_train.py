@@ -520,6 +520,7 @@ BAD_ARGUMENTS = {  # {what is wrong: (arguments, what the message names)}
     "a dropout of all": (["--lora-dropout=1"], "dropout"),
     "a rank above every width": (["--lora-r=1000"], "rank 1000"),
     "an unknown target": (["--lora-targets=q_proj,query"], "query"),
+    "checkpointing on the path without need": (["--gradient-checkpointing"], "--guard-path full"),
     "no data": (["--dataset=none.jsonl"], "none.jsonl"),
     "nothing to resume": (["--resume"], "holds no run"),
     "caches on the path without any": (["--guard-path=full", "--cache-dir=caches"], "--cache-dir"),

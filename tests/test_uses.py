@@ -134,12 +134,26 @@ def test_a_template_sees_the_date_of_the_config():
     assert guards[0].classify([{"prompt": "hi"}]) != guards[1].classify([{"prompt": "hi"}])
 
 
-def test_a_date_that_cannot_be_fixed_is_refused():
+@pytest.mark.parametrize(
+    "live", ["{% set form = '%d' %}{{ strftime_now(form) }}", "{% set f = strftime_now %}"]
+)
+def test_a_date_that_cannot_be_fixed_is_refused(live):
     """Kills: a template that asks for today in another way, and changes every day after all."""
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% set form = '%d' %}{{ strftime_now(form) }}" + CHATML
+    tokenizer.chat_template = live + CHATML
     with pytest.raises(ValueError, match="asks for the date"):
         GuardedChat(make_model(), tokenizer, GuardConfig())
+
+
+def test_two_guards_may_share_a_tokenizer():
+    """Kills: a date of the first guard that stays in the second one's template."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}{{ strftime_now ( '%Y' ) }}{% endif %}" + CHATML
+    )
+    for date in ("2024-07-26", "2025-01-01"):
+        guard = GuardedChat(make_model(), tokenizer, GuardConfig(date=date))
+        assert guard.tokenizer.decode(encode(guard.tokenizer, user("hi"))[0]).startswith(date[:4])
 
 
 @pytest.mark.parametrize("date", ["yesterday", "", 3])
@@ -227,7 +241,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(name, monkeypatch)
     """Kills: four processes that each write every row, a launcher that is not asked."""
     monkeypatch.setattr(checkpoint, "Accelerator", lambda: SimpleNamespace(num_processes=1))
     monkeypatch.setenv(name, "4")
-    with pytest.raises(UserError, match="4 processes were started, and each sees 1"):
+    with pytest.raises(UserError, match="4 processes were started, and each believes there is 1"):
         start_accelerator()
     monkeypatch.setenv(name, "1")
     assert start_accelerator().num_processes == 1
