@@ -15,6 +15,7 @@ from pathlib import Path
 from pyarrow.parquet import ParquetFile
 
 DTYPES = ("float32", "bfloat16", "float16")
+HUB_CONFIGS = {"lmsys/toxic-chat": "toxicchat0124", "allenai/wildguardmix": "wildguardtrain"}  # which to load
 TABLES = (".csv", ".tsv")
 SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLES, ".parquet")
 BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # tested first: it begins with UTF-16's
@@ -75,6 +76,26 @@ def printable(text):
 def suffix(path):
     """The kind of a file, in small letters: ".jsonl" of rows.JSONL.gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def files_of(folder):
+    """The files of a folder that can be read. The others are named."""
+    files = sorted(folder.iterdir())
+    if odd := [file.name for file in files if suffix(file) not in SUFFIXES]:
+        print(one_line(f"{folder}: not read: {', '.join(odd)}"), file=sys.stderr)
+    return [file for file in files if file.name not in odd]
+
+
+def read_hub(name):
+    import datasets  # slow to import, and seldom needed
+
+    advice = "without a network give files, such as --dataset train.jsonl test.jsonl"
+    with explain(f"cannot load the data set {name!r}; {advice}"):
+        splits = datasets.load_dataset(name, HUB_CONFIGS.get(name))
+    # BeaverTails comes in two sizes; the paper's is the 30k one.
+    for split in [split for split in splits if "330k" not in split]:
+        part = f"{name} {split}"
+        yield part, split, ((f"{part}, row {n}", row) for n, row in enumerate(splits[split], 1))
 
 
 def read_file(path):

@@ -15,17 +15,14 @@ import hashlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
-import datasets
 import torch
 
 from chat import encode
-from common import SUFFIXES, UserError, explain, one_line, read_file, refuse, suffix
+from common import SUFFIXES, UserError, explain, files_of, read_file, read_hub, refuse, suffix
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
-HUB_CONFIGS = {"lmsys/toxic-chat": "toxicchat0124", "allenai/wildguardmix": "wildguardtrain"}  # which to load
 SETS = (  # (prompt, response, label) of known data sets; a row becomes one for each line whose columns it has
     ("user_input", None, "toxicity"),  # ToxicChat, arXiv 2310.17389
     ("prompt", None, "prompt_harm_label"),  # WildGuardMix, arXiv 2406.18495
@@ -62,33 +59,6 @@ def read_rows(sources):
         split = next((words[word] for word in words if word in part.lower()), "train")
         numbered = ((where, view) for where, row in rows for view in views(row))
         yield name, split, [check_row(row, where) for where, row in numbered]
-
-
-def files_of(folder):
-    """The files of a folder that can be read. The others are named."""
-    files = sorted(folder.iterdir())
-    if odd := [file.name for file in files if suffix(file) not in SUFFIXES]:
-        print(one_line(f"{folder}: not read: {', '.join(odd)}"), file=sys.stderr)
-    return [file for file in files if file.name not in odd]
-
-
-def evaluation_rows(sources):
-    """{name: checked rows} of all files, or of a hub id's test split if it has one."""
-    parts = list(read_rows(sources))
-    is_hub = not Path(sources[0]).exists() and any(split == "test" for _, split, _ in parts)
-    parts = {name: rows for name, split, rows in parts if rows and (split == "test" or not is_hub)}
-    refuse(not parts, f"{' '.join(map(str, sources))}: there are no rows to evaluate on")
-    return parts
-
-
-def read_hub(name):
-    advice = "without a network give files, such as --dataset train.jsonl test.jsonl"
-    with explain(f"cannot load the data set {name!r}; {advice}"):
-        splits = datasets.load_dataset(name, HUB_CONFIGS.get(name))
-    # BeaverTails comes in two sizes; the paper's is the 30k one.
-    for split in [split for split in splits if "330k" not in split]:
-        part = f"{name} {split}"
-        yield part, split, ((f"{part}, row {n}", row) for n, row in enumerate(splits[split], 1))
 
 
 # ---------------------------------------------------------------- checking
@@ -168,8 +138,7 @@ def in_our_columns(row):
     if not isinstance(row, dict):
         return row
     names = [word(name) if word(name) in COLUMNS else name for name in row]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
+    if twice := [name for name in names if names.count(name) > 1]:
         return UserError(f"several columns have the name {twice[0]!r}")
     return dict(zip(names, row.values(), strict=True))
 

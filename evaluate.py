@@ -9,7 +9,7 @@ import numpy as np
 
 from checkpoint import load_guard, start_accelerator, use_fast_dtype
 from common import add_guard_arguments, one_line, refuse, run, to_json, write_whole
-from data import encode_row, evaluation_rows, prompt_key
+from data import encode_row, prompt_key, read_rows
 from metrics import average_precision, evaluation
 
 
@@ -53,6 +53,15 @@ def main():
         from experiments.plots import plot_evaluation
 
         plot_evaluation(args.plot, unsafe, scores[:, 0])
+
+
+def evaluation_rows(sources):
+    """{name: checked rows} of all files, or of a hub id's test split if it has one."""
+    parts = list(read_rows(sources))
+    is_hub = not Path(sources[0]).exists() and any(split == "test" for _, split, _ in parts)
+    parts = {name: rows for name, split, rows in parts if rows and (split == "test" or not is_hub)}
+    refuse(not parts, f"{' '.join(map(str, sources))}: there are no rows to evaluate on")
+    return parts
 
 
 def by_source(parts, flag_from, unsafe, scores):

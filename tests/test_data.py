@@ -14,7 +14,8 @@ from tokenizers import AddedToken
 import data
 from chat import encode
 from common import UserError, read_file
-from data import conversation, encode_row, evaluation_rows, labels, load_splits, read_rows
+from data import conversation, encode_row, labels, load_splits, read_rows
+from evaluate import evaluation_rows
 from runs import cut_answers, epoch_updates
 
 NAMES = ["theft", "hate"]
