@@ -23,17 +23,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from chat import (
-    Past,
-    context_length,
-    decode,
-    fix_date,
-    fork,
-    make_contiguous,
-    reached_layers,
-    refuse_to_save,
-    split_windows,
-)
+import chat
 from common import explain, refuse
 from data import encode_row
 from lora import LoRALinear, inject_lora
@@ -99,13 +89,13 @@ class GuardedChat(nn.Module):
         offloaded = any(parameter.is_meta for parameter in chat_model.parameters())
         refuse(offloaded, "parts of this model are not in memory (device_map offloads them): load it whole")
         self.chat_model, self.tokenizer, self.config = chat_model.eval(), copy.copy(tokenizer), config
-        self.tokenizer.chat_template = fix_date(tokenizer.get_chat_template(), config.date)
+        self.tokenizer.chat_template = chat.fix_date(tokenizer.get_chat_template(), config.date)
         lora = (config.lora_targets, config.lora_r, config.lora_alpha, config.lora_dropout)
-        reached = reached_layers(chat_model, tokenizer("Hello").input_ids)
+        reached = chat.reached_layers(chat_model, tokenizer("Hello").input_ids)
         self.gate = inject_lora(chat_model, *lora, reached)
-        chat_model.save_pretrained = refuse_to_save  # nothing would load our names of its layers
+        chat_model.save_pretrained = chat.refuse_to_save  # nothing would load our names of its layers
         lm_head = chat_model.get_output_embeddings()
-        lm_head.register_forward_pre_hook(make_contiguous)  # saves a copy of its weight
+        lm_head.register_forward_pre_hook(chat.make_contiguous)  # saves a copy of its weight
         width = lm_head.weight.shape[-1]  # H; the guard head reads what the language-model head reads
         outputs = config.unsafe_head + len(config.categories)
         place = {"dtype": torch.float32, "device": lm_head.weight.device}
@@ -115,7 +105,7 @@ class GuardedChat(nn.Module):
         question = [] if self.is_full else tokenizer(question, add_special_tokens=False).input_ids
         ids = torch.tensor([question], dtype=torch.long, device=chat_model.device)  # (1, M)
         self.register_buffer("guard_prompt_ids", ids, persistent=False)
-        self.max_tokens = context_length(chat_model.config.get_text_config()) - len(question)
+        self.max_tokens = chat.context_length(chat_model.config.get_text_config()) - len(question)
         misfit = self.max_tokens < 1 or not (self.is_full or question)
         refuse(misfit, f"a guard prompt of {len(question)} tokens does not fit this model's context")
         self.eval()
@@ -147,7 +137,7 @@ class GuardedChat(nn.Module):
 
         mask: (B, T), 0 on left padding; None if there is none. The cache is unchanged afterwards.
         """
-        cache = fork(cache)
+        cache = chat.fork(cache)
         ids = self.guard_prompt_ids.expand(cache.layers[0].keys.shape[0], -1)  # (B, M)
         padding = {}
         if mask is not None:
@@ -174,7 +164,7 @@ class GuardedChat(nn.Module):
         A text longer than the context is judged in overlapping windows, and its highest logits count.
         """
         self.eval()
-        parts = [split_windows(ids, self.max_tokens) for ids in conversations]
+        parts = [chat.split_windows(ids, self.max_tokens) for ids in conversations]
         windows = [(n, window) for n, part in enumerate(parts) for window in part]
         windows.sort(key=lambda window: len(window[1]))  # batches of similar length need little padding
         logits = torch.full((len(conversations), 1 + len(self.config.categories)), -torch.inf)
@@ -217,13 +207,13 @@ class GuardedChat(nn.Module):
         ]
         refuse(odd, f"stream takes no {', '.join(odd)}: leave the loop, or give stopping_criteria")
         self.eval()
-        past = Past() if past is None else past
+        past = chat.Past() if past is None else past
         past.rewind(ids, self.chat_model.config)
         ids = torch.tensor([ids], device=self.guard_prompt_ids.device)  # (1, T)
         options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
         options |= {"max_new_tokens": max_new_tokens, "use_cache": True, "cache_implementation": None}
         every = sys.maxsize if self.is_full else verdict_every
-        options |= {"attention_mask": torch.ones_like(ids), "custom_generate": decode, "past": past}
+        options |= {"attention_mask": torch.ones_like(ids), "custom_generate": chat.decode, "past": past}
         # transformers prepares logits processors and criteria, and returns the generator that `decode` is.
         for answer, done in self.chat_model.generate(ids, **options):
             if done or len(answer) % every == 0:
