@@ -27,7 +27,7 @@ from metrics import ANSWER_RATE, PROMPT_RATE, calibrate, metrics, operating_poin
 from model import GuardConfig
 from runs import best_epoch, cut_answers, epoch_updates, open_run, read_config, save_epoch, save_state
 
-TRAIN_SAMPLE = 48  # training rows that are scored after each epoch
+TRAIN_SAMPLE = 48  # training rows at most that are scored after each epoch
 NOT_KEPT = ("output_dir", "cache_dir", "resume", "save_steps", "categories", "threshold", "prompt_threshold")
 NOT_KEPT += ("date", "dtype")
 
@@ -222,9 +222,9 @@ def measure(accelerator, guard, splits, pos_weight, args):
     """Calibrate and choose thresholds on validation -> (shift, temperature), points, row of metrics.csv."""
     logits, targets, answered = {}, {}, {}
     for name, split in splits.items():
-        count = TRAIN_SAMPLE if name == "train" else len(split.ids)
-        logits[name] = score(accelerator, guard, split.ids[:count], args.eval_batch_size).numpy()
-        targets[name], answered[name] = split.labels[:count].numpy(), split.answered[:count]
+        every = math.ceil(len(split.ids) / TRAIN_SAMPLE) if name == "train" else 1  # of all files alike
+        logits[name] = score(accelerator, guard, split.ids[::every], args.eval_batch_size).numpy()
+        targets[name], answered[name] = split.labels[::every].numpy(), split.answered[::every]
     calibration = calibrate(logits["validation"], targets["validation"], pos_weight.cpu().numpy())
     scores = {name: unsafe_score(z, calibration, guard.config.unsafe_head) for name, z in logits.items()}
     given = (targets["validation"][:, 0], scores["validation"], answered["validation"])

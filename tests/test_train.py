@@ -466,7 +466,7 @@ def test_a_run_keeps_thresholds_for_several_rates(model_folder, tmp_path, monkey
 TEN = "\n\nIs the conversation above harmful? Answer:"
 
 
-def test_train_columns_are_the_first_rows_by_the_epochs_weights(model_folder, tmp_path, monkeypatch):
+def test_train_columns_are_of_every_so_many_rows_by_the_epochs_weights(model_folder, tmp_path, monkeypatch):
     """Kills: other rows, all rows, cut answers, the weights of another epoch, another threshold."""
     monkeypatch.setattr(train, "TRAIN_SAMPLE", 24)
     output = tmp_path / "run"
@@ -493,12 +493,12 @@ def test_train_columns_are_the_first_rows_by_the_epochs_weights(model_folder, tm
         guard = load_guard(output / "config.json", epoch, -1)
         ids = [encode_row(guard.tokenizer, row)[0] for row in splits["train"]]
         scores = guard.score(ids).double().sigmoid().numpy()
-        wanted = metrics(targets[:24, 0], scores[:24, 0], float(row["threshold"]))
+        wanted = metrics(targets[::3, 0], scores[::3, 0], float(row["threshold"]))
         assert wanted["auprc"] != pytest.approx(metrics(targets[:, 0], scores[:, 0], 0)["auprc"], abs=1e-6)
         columns = {name: float(row[f"train/{name}"]) for name in MEASURES}
         assert columns == pytest.approx(wanted, abs=1e-6, nan_ok=True)
         for k, name in enumerate(categories, 1):
-            wanted = metrics(targets[:24, k], scores[:24, k], 0)["auprc"]
+            wanted = metrics(targets[::3, k], scores[::3, k], 0)["auprc"]
             assert float(row[f"train/{name}/auprc"]) == pytest.approx(wanted, abs=1e-6)
 
 
