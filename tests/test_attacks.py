@@ -268,7 +268,7 @@ def test_harm_in_twenty_thousand_tokens_is_flagged(monkeypatch):
     texts = [ids, *([*ids[:at], *passage, *ids[at + len(passage) :]] for at in places)]
     guard.score(texts[:1])
     assert len(ids) == 20_000 > guard.max_tokens and sum(map(len, judged)) < 2.1 * len(ids)
-    guard.config.threshold = 0.78  # at the default the licence itself is flagged, and the first place is missed
+    guard.config.threshold = 0.78  # at the default the licence itself is flagged
     verdicts = [guard.verdict(logits, tokens=1) for logits in guard.score(texts)]
     assert [verdict.flagged for verdict in verdicts] == [False, False, True, True]
 
