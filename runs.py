@@ -51,6 +51,8 @@ def read_state(output, guard, optimizer, config):
     path, state, saved = output / "checkpoints/state.pt", {}, read_config(output)
     with explain(f"{output} holds no run to go on with"):
         parts = [(part, saved[part], config[part]) for part in ("base_fingerprint", "rows", "arguments")]
+        names = [{"categories": part["guard"].get("categories")} for part in (saved, config)]
+        parts.append(("guard", *names))
         differing = [
             f"{part}.{name}" for part, old, new in parts for name in new if old.get(name) != new[name]
         ]

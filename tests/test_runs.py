@@ -310,6 +310,8 @@ def test_a_resume_with_other_settings_is_refused_by_name(model_folder, rows, tmp
     refused(r"rows\.train")
     Path(rows).write_text(text.replace('"hate": true', '"hate": false'))
     refused(r"rows\.train")
+    Path(rows).write_text(text.replace('"hate"', '"greed"'))  # the same values under another name
+    refused(r"guard\.categories")
     Path(rows).write_text(text)
     other = make_model()
     torch.nn.init.constant_(other.model.norm.weight, 2)
