@@ -158,8 +158,8 @@ def table(result):
         lines.append(f"{name:50} {value:>6}  {notes.get(name, '')}")
     if result["sources"]:
         columns = ("rows", "positives", "auprc", "auroc", "f1", "fpr", "recall")
-        columns += tuple(f"tpr_at_{percent}_percent_fpr" for percent in (1, 2, 5))
-        lines.append("\n" + " " * 40 + "".join(f"{name.split('_percent')[0]:>10}" for name in columns))
+        columns += tuple(name for name in result if name.startswith("tpr_at_"))
+        lines.append(f"{'file':40}" + "".join(f"{name.split('_percent')[0]:>10}" for name in columns))
     for name, found in result["sources"].items():
         cells = (f"{'-' if found[column] is None else round(found[column], 3):>10}" for column in columns)
         lines.append(f"{Path(name).name[-40:]:40}{''.join(cells)}")

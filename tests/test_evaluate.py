@@ -220,7 +220,11 @@ def test_every_file_has_figures_of_its_own(result, tmp_path):
         assert found["sources"][name] == pytest.approx(
             {n: alone[n] for n in found["sources"][name]}, nan_ok=True
         )
-    lines = [line.split() for line in result(names[0], "--dataset", *names).splitlines()]
+    table = result(names[0], "--dataset", *names).splitlines()
+    [header] = [line for line in table if line.startswith("file")]
+    [first] = [line for line in table if line.startswith("a.jsonl")]
+    assert header.index("rows") + 4 == first.index("20") + 2  # each column stands below its name
+    lines = [line.split() for line in table]
     assert [line[:3] for line in lines if line and line[0][-6:] == ".jsonl"] == [
         ["a.jsonl", "20", "10"],
         ["b.jsonl", "4", "2"],
