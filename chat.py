@@ -197,8 +197,9 @@ def reached_layers(chat_model, ids):
     chat_model.base_model(input_ids=torch.tensor([ids], device=chat_model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
-    kinds = {re.sub(r"experts\.\d+", "experts", name) for name in called}
-    return {name for name in layers if re.sub(r"experts\.\d+", "experts", name) in kinds}
+    kind = functools.partial(re.sub, r"experts\.\d+", "experts")
+    kinds = {kind(name) for name in called}
+    return {name for name in layers if kind(name) in kinds}
 
 
 def checkpoint_gradients(chat_model, gate):

@@ -92,11 +92,13 @@ def use_fast_dtype(guard, dtype=None):
     For training and scoring, which read many tokens at once. The weights keep their values.
     """
     model, stored = guard.chat_model, str(guard.chat_model.dtype).removeprefix("torch.")
-    dtype, reason = (dtype, "as asked") if dtype else (stored, "as stored")
     is_quantised = getattr(model, "is_quantized", False)
-    refuse(is_quantised and dtype != stored, f"this model is quantised and computes in {stored}")
-    is_slow = stored in ("bfloat16", "float16") and model.device.type == "cpu"  # perhaps
-    if reason == "as stored" and is_slow and not is_quantised:
+    refuse(is_quantised and dtype not in (None, stored), f"this model is quantised and computes in {stored}")
+    if dtype:
+        reason = "as asked"
+    elif is_quantised or model.device.type != "cpu" or stored not in ("bfloat16", "float16"):
+        dtype, reason = stored, "as stored"
+    else:
         times = {kind: product_milliseconds(guard, kind) for kind in (stored, "float32")}
         dtype = "float32" if times["float32"] < 0.9 * times[stored] else stored
         reason = " and ".join(f"{time:.1f} ms in {kind}" for kind, time in times.items())

@@ -147,9 +147,11 @@ def table_rows(lines):
     if len(set(columns)) < len(columns):
         raise ValueError("two columns have the same name")
     for number, cells in enumerate(filter(None, reader), 1):
-        fits = len(cells) == len(columns)
-        wrong = f"there are {len(cells)} cells for {len(columns)} columns"
-        yield f"row {number}", dict(zip(columns, cells, strict=True)) if fits else UserError(wrong)
+        if len(cells) == len(columns):
+            row = dict(zip(columns, cells, strict=True))
+        else:
+            row = UserError(f"there are {len(cells)} cells for {len(columns)} columns")
+        yield f"row {number}", row
 
 
 def write_whole(path, content):

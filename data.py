@@ -37,7 +37,7 @@ COLUMNS = {"messages", "conversations", "category", "is_safe"}.union(*SETS) - {N
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 UNKNOWN = ("", "none", "nan", "null")
 TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-SAFETY = {"safe": True, "unharmful": True, "unsafe": False, "harmful": False}
+SAFETY = TRUTH | {"safe": True, "unharmful": True, "unsafe": False, "harmful": False}
 NOT_TEXT = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, as bytes that are not UTF-8 become
 SPLITS = ("train", "validation", "test")
 
@@ -81,11 +81,9 @@ def check_row(row, where):
     return row | {"category": category or None, "is_safe": is_safe}
 
 
-def truth(value, where, words=None):
+def truth(value, where, words=TRUTH):
     """A label as tables write it -> True, False or None, which is unknown."""
-    words = TRUTH | (words or {})
-    odd = word(value) not in (*UNKNOWN, *words)
-    refuse(odd, f"{where} is {value!r}; allowed: empty, {', '.join(words)}")
+    refuse(word(value) not in (*UNKNOWN, *words), f"{where} is {value!r}; allowed: empty, {', '.join(words)}")
     return words.get(word(value))
 
 
@@ -95,8 +93,10 @@ def word(value):
 
 def nested(value, where):
     """An object or list as it is, or from the text that a table has: JSON or Python's notation."""
-    if not isinstance(value, str) or word(value) in UNKNOWN:
-        return None if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if word(value) in UNKNOWN:
+        return None
     with explain(f"{where} must be JSON"):
         try:
             return json.loads(value)

@@ -84,8 +84,8 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None):
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model already carries a guard; load it once more for a second one")
-    linear = {name: module for name, module in model.named_modules() if linear_size(module)}
-    linear = {name: module for name, module in linear.items() if reached is None or name in reached}
+    linear = {name: m for name, m in model.named_modules() if linear_size(m)}
+    linear = linear if reached is None else {name: linear[name] for name in linear if name in reached}
     chosen = set()
     for target in targets:
         found = {name for name in linear if target == "all-linear" or f".{name}".endswith(f".{target}")}

@@ -125,7 +125,9 @@ def operating_points(labels, scores, answered):
     points = {}
     for kind, rows in (("prompt", ~answered), ("answer", answered)):
         known = len(np.unique(labels[rows])) == 2
+        if kind == "prompt" and not known:
+            points[kind] = dict.fromkeys(map(str, RATES), (2.0, 0.0))
+            continue
         rows = rows if known else np.ones_like(rows)
-        found = {str(rate): threshold_at_fpr(labels[rows], scores[rows], rate) for rate in RATES}
-        points[kind] = found if known or kind == "answer" else dict.fromkeys(found, (2.0, 0.0))
+        points[kind] = {str(rate): threshold_at_fpr(labels[rows], scores[rows], rate) for rate in RATES}
     return points

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from chat import encode
+from data import read_rows
 from model import GuardConfig, GuardedChat
 
 CHATML = (
@@ -119,6 +120,11 @@ REFUSED = {  # {kind: (config, {guard path: what the refusal says, or None})}
         {"activated": "missing cache; train with --guard-path full", "full": None},
     ),
 }
+
+
+def rows_of(*sources):
+    """The checked rows of all files."""
+    return [row for _, _, rows in read_rows(sources) for row in rows]
 
 
 def user(text):

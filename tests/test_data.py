@@ -8,13 +8,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import CHATML, ids_of, make_rows, user, write
+from conftest import CHATML, ids_of, make_rows, rows_of, user, write
 from tokenizers import AddedToken
 
 import data
 from chat import encode
 from common import UserError, read_file
-from data import conversation, encode_row, labels, load_splits, read_rows
+from data import conversation, encode_row, labels, load_splits
 from evaluate import evaluation_rows
 from runs import cut_answers, epoch_updates
 
@@ -23,11 +23,6 @@ NAMES = ["theft", "hate"]
 
 def prompts(rows):
     return {row["prompt"] for row in rows}
-
-
-def rows_of(*sources):
-    """The checked rows of all files."""
-    return [row for _, _, rows in read_rows(sources) for row in rows]
 
 
 # ---------------------------------------------------------------------------

@@ -6,14 +6,10 @@ import json
 
 import datasets
 import pytest
-from conftest import make_rows, user, write
+from conftest import make_rows, rows_of, user, write
 
 from common import UserError, read_file
-from data import conversation, labels, load_splits, read_rows
-
-
-def rows_of(*sources):
-    return [row for _, _, rows in read_rows(sources) for row in rows]
+from data import conversation, labels, load_splits
 
 
 def told(path):

@@ -25,6 +25,7 @@ import train
 from checkpoint import load_guard
 from common import UserError
 from data import encode_row, labels, load_splits
+from experiments.ablation import QUESTION
 from metrics import metrics
 from model import GuardedChat
 from train import guard_loss, learning_rate
@@ -463,9 +464,6 @@ def test_a_run_keeps_thresholds_for_several_rates(model_folder, tmp_path, monkey
         load_guard(output / "config.json", device_id=-1, max_fpr=0.001)
 
 
-TEN = "\n\nIs the conversation above harmful? Answer:"
-
-
 def test_train_columns_are_of_every_so_many_rows_by_the_epochs_weights(model_folder, tmp_path, monkeypatch):
     """Kills: other rows, all rows, cut answers, the weights of another epoch, another threshold."""
     monkeypatch.setattr(train, "TRAIN_SAMPLE", 24)
@@ -482,7 +480,7 @@ def test_train_columns_are_of_every_so_many_rows_by_the_epochs_weights(model_fol
         file,
         "--epochs=3",
         "--learning-rate=2e-4",
-        f"--guard-prompt={TEN}",
+        f"--guard-prompt={QUESTION}",
     )
     splits, categories = load_splits([file])
     targets = labels(splits["train"], categories).numpy()
