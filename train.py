@@ -97,9 +97,8 @@ def main():
     train, unsafe_head = splits["train"], guard.config.unsafe_head
     pos_weight = train.pos_weight.to(accelerator.device)
     optimizer = torch.optim.AdamW(guard.adapter().values(), lr=args.learning_rate)
-    model = learner(guard, args.cache_dir)  # fails before open_run creates the folder
     state, _lock = open_run(accelerator, output, guard, optimizer, config, args.resume)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(guard, optimizer)
 
     # ---------------------------------------------------------------- one loop over updates
     rows_per_update = args.per_device_batch_size * steps * accelerator.num_processes
@@ -185,6 +184,10 @@ def load(args, accelerator):
     accelerator.print(config["computing"])
     if args.gradient_checkpointing:
         checkpoint_gradients(chat_model, guard.gate)
+    if args.cache_dir:
+        from experiments.caches import keep_caches
+
+        keep_caches(guard, args.cache_dir)
     longest = {"train": guard.max_tokens}  # in use, longer texts are judged in windows
     splits = {s: Split(rows[s], tokenizer, categories, longest.get(s, math.inf)) for s in SPLITS}
     if left_out := splits["train"].left_out:
@@ -202,15 +205,6 @@ def load(args, accelerator):
         "compute_dtype": str(chat_model.dtype).removeprefix("torch."),
     }
     return guard, splits, config
-
-
-def learner(guard, cache_dir):
-    """The module to train: the guard, or KeptCaches around it."""
-    if not cache_dir:
-        return guard
-    from experiments.caches import KeptCaches
-
-    return KeptCaches(guard, cache_dir)
 
 
 def learning_rate(update, updates, peak):

@@ -18,54 +18,55 @@ from transformers.cache_utils import DynamicLayer
 from common import explain, refuse, write_whole
 
 
-class KeptCaches(nn.Module):
-    """A guard whose chat path reads each conversation once, into a file in `folder`.
+def keep_caches(guard, folder):
+    """Let `guard` read each conversation once, into a file below `folder`. Returns the folder of this model.
 
     Raises UserError for a model whose cache does not hold a whole conversation in one shape.
     """
+    device = guard.guard_prompt_ids.device
+    layers = [] if guard.is_full else getattr(read(guard, guard.guard_prompt_ids[0].tolist()), "layers", [])
+    shapes = {tensor.shape for x in layers if type(x) is DynamicLayer for tensor in (x.keys, x.values)}
+    odd = len(shapes) != 1 or any(type(layer) is not DynamicLayer for layer in layers)
+    refuse(odd, "the caches of this guard and chat model cannot be kept: leave out --cache-dir")
+    folder = Path(folder) / digest(guard.chat_model)
+    folder.mkdir(parents=True, exist_ok=True)
 
-    def __init__(self, guard, folder):
-        super().__init__()
-        self.guard = guard
-        layers = [] if guard.is_full else getattr(self.read(guard.guard_prompt_ids[0].tolist()), "layers", [])
-        shapes = {tensor.shape for x in layers if type(x) is DynamicLayer for tensor in (x.keys, x.values)}
-        odd = len(shapes) != 1 or any(type(layer) is not DynamicLayer for layer in layers)
-        refuse(odd, "the caches of this guard and chat model cannot be kept: leave out --cache-dir")
-        self.folder = Path(folder) / digest(guard.chat_model)
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def forward(self, conversations, ends):
+    def forward(conversations, ends=None):
         """As GuardedChat.forward: the first `ends` tokens of B lists of token ids -> logits (B, 1 + K)."""
-        device = self.guard.guard_prompt_ids.device
-        rows = [self.kept(ids)[:, :, :, :end] for ids, end in zip(conversations, ends, strict=True)]
+        ends = ends or [len(ids) for ids in conversations]
+        rows = [kept(guard, folder, ids)[:, :, :, :end] for ids, end in zip(conversations, ends, strict=True)]
         longest = max(ends)
         mask = torch.tensor([[0] * (longest - end) + [1] * end for end in ends], device=device)  # (B, T)
         rows = torch.stack([F.pad(row, (0, 0, longest - row.shape[3], 0)) for row in rows], dim=2).to(device)
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(rows):  # (B, heads, T, width)
             cache.update(keys, values, layer)
-        return self.guard.judge(cache, None if mask.all() else mask)
+        return guard.judge(cache, None if mask.all() else mask)
 
-    def kept(self, ids):
-        """The cache of one conversation, (layers, 2, heads, T, width): keys and values.
+    guard.forward = forward
+    return folder
 
-        It is read alone, so a file is the same whatever batch it was first needed in.
-        """
-        dtype = str(self.guard.chat_model.dtype)
-        autocast = torch.is_autocast_enabled(self.guard.guard_prompt_ids.device.type)
-        key = hashlib.sha256(json.dumps([ids, dtype, autocast]).encode()).hexdigest()[:32]
-        path = self.folder / f"{key}.safetensors"
-        if not path.exists():
-            layers = self.read(ids).layers
-            row = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])
-            write_whole(path, safetensors.torch.save({"cache": row.cpu()}))
-        with explain(f"{path} is damaged, delete it", (safetensors.SafetensorError, KeyError)):
-            return safetensors.torch.load_file(path)["cache"]
 
-    @torch.no_grad()
-    def read(self, ids):
-        ids = torch.tensor([ids], device=self.guard.guard_prompt_ids.device)
-        return self.guard.chat_model.base_model(input_ids=ids, use_cache=True).get("past_key_values")
+def kept(guard, folder, ids):
+    """The cache of one conversation, (layers, 2, heads, T, width): keys and values.
+
+    It is read alone, so a file is the same whatever batch it was first needed in.
+    """
+    autocast = torch.is_autocast_enabled(guard.guard_prompt_ids.device.type)
+    content = json.dumps([ids, str(guard.chat_model.dtype), autocast]).encode()
+    path = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
+    if not path.exists():
+        layers = read(guard, ids).layers
+        row = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])
+        write_whole(path, safetensors.torch.save({"cache": row.cpu()}))
+    with explain(f"{path} is damaged, delete it", (safetensors.SafetensorError, KeyError)):
+        return safetensors.torch.load_file(path)["cache"]
+
+
+@torch.no_grad()
+def read(guard, ids):
+    ids = torch.tensor([ids], device=guard.guard_prompt_ids.device)
+    return guard.chat_model.base_model(input_ids=ids, use_cache=True).get("past_key_values")
 
 
 def digest(chat_model):

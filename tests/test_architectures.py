@@ -30,7 +30,7 @@ from checkpoint import (
     use_fast_dtype,
 )
 from common import UserError
-from experiments.caches import KeptCaches
+from experiments.caches import keep_caches
 from lora import LoRALinear
 from model import GuardConfig, GuardedChat
 
@@ -131,9 +131,10 @@ def test_8_bit_base_is_guarded_by_adapters_in_fp32(path, tmp_path):
     assert fingerprint(chat_model, tokenizer) == fingerprint(make_model(), make_tokenizer())
     guard = GuardedChat(chat_model, tokenizer, GuardConfig(["theft", "hate"], path, "?", lora_r=4))
     assert {parameter.dtype for parameter in guard.adapter().values()} == {torch.float32}
-    model = KeptCaches(guard, tmp_path / "caches") if path == "activated" else guard
+    if path == "activated":
+        keep_caches(guard, tmp_path / "caches")
     rows = conversations(tokenizer)
-    losses = learn(model, guard.adapter(), rows)
+    losses = learn(guard, guard.adapter(), rows)
     assert losses[-1] < losses[0] / 2
     use_fast_dtype(guard)
     [*_, (answer, _)] = guard.stream(rows[0], max_new_tokens=8)

@@ -6,7 +6,7 @@ from conftest import ids_of, make_guard, make_model, make_tokenizer
 from test_train import FAST, FILES, close, run, tensors, write_learnable
 
 from common import UserError
-from experiments.caches import KeptCaches
+from experiments.caches import keep_caches
 from model import GuardConfig, GuardedChat
 
 TEXTS = ["how is the bread?", "hi", "the answer is harmful, and the user is safe " * 2, "or"]
@@ -27,7 +27,7 @@ def test_kept_caches_give_the_same_logits_and_are_read_once(tmp_path, monkeypatc
     whole = guard(ids)
     cut = guard(ids, ends)
     assert torch.allclose(cut, guard([row[:end] for row, end in zip(ids, ends, strict=True)]))
-    kept = KeptCaches(guard, tmp_path / "caches")
+    folder = keep_caches(guard, tmp_path / "caches")
     read = []
     forward = guard.chat_model.base_model.forward
 
@@ -36,40 +36,40 @@ def test_kept_caches_give_the_same_logits_and_are_read_once(tmp_path, monkeypatc
         return forward(**given)
 
     monkeypatch.setattr(guard.chat_model.base_model, "forward", spy)
-    assert torch.allclose(kept(ids, ends), cut, atol=1e-5)
-    assert len(read) == len(ids) + 1 and len(list(kept.folder.iterdir())) == len(ids)
-    assert torch.allclose(kept(ids, lengths), whole, atol=1e-5)
-    assert torch.allclose(kept(ids[::-1], lengths[::-1]), whole.flip(0), atol=1e-5)
+    assert torch.allclose(guard(ids, ends), cut, atol=1e-5)
+    assert len(read) == len(ids) + 1 and len(list(folder.iterdir())) == len(ids)
+    assert torch.allclose(guard(ids, lengths), whole, atol=1e-5)
+    assert torch.allclose(guard(ids[::-1], lengths[::-1]), whole.flip(0), atol=1e-5)
     assert len(read) == len(ids) + 3
     guard.chat_model.double()
-    assert torch.allclose(kept(ids, lengths), whole, atol=1e-5)
-    assert len(list(kept.folder.iterdir())) == 2 * len(ids)
+    assert torch.allclose(guard(ids, lengths), whole, atol=1e-5)
+    assert len(list(folder.iterdir())) == 2 * len(ids)
 
     scaled = make_model()
     scaled.config.rope_theta = 7.0
     for other in (make_model(seed=1), scaled):  # the first differs only in its matrices
         other = GuardedChat(other, make_tokenizer(), GuardConfig(["theft", "hate"]))
-        assert KeptCaches(other, tmp_path / "caches").folder != kept.folder
+        assert keep_caches(other, tmp_path / "caches") != folder
 
 
 def test_a_guard_whose_caches_cannot_be_kept_is_refused(tmp_path):
     """Kills: a window of the last tokens taken for the whole conversation, a file that is written before."""
     for guard in (make_guard("mistral"), make_guard("gemma3"), make_guard(guard_path="full")):
         with pytest.raises(UserError, match=r"caches.*--cache-dir"):
-            KeptCaches(guard, tmp_path / "caches")
+            keep_caches(guard, tmp_path / "caches")
     assert not (tmp_path / "caches").exists()
 
 
 def test_a_damaged_cache_file_is_named(tmp_path):
     """Kills: a traceback, and a verdict on what is left of the file."""
     guard = make_guard()
-    kept = KeptCaches(guard, tmp_path)
+    folder = keep_caches(guard, tmp_path)
     ids = conversations(guard)[:1]
-    kept(ids, [len(ids[0])])
-    [path] = kept.folder.iterdir()
+    guard(ids, [len(ids[0])])
+    [path] = folder.iterdir()
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match=f"{path.name} is damaged, delete it"):
-        kept(ids, [len(ids[0])])
+        guard(ids, [len(ids[0])])
 
 
 def test_kept_caches_change_no_loss_and_a_second_run_is_equal(model_folder, tmp_path, monkeypatch):
