@@ -38,7 +38,8 @@ def main():
     unsafe = np.array([not row["is_safe"] for row in rows])
     flag_from = np.where([v.tokens for v in verdicts], guard.config.threshold, guard.config.prompt_threshold)
     result = measure(guard.config, rows, flag_from, unsafe, scores)
-    result["sources"] = by_source(parts, flag_from, unsafe, scores[:, 0]) if len(parts) > 1 else {}
+    sources = np.repeat(list(parts), [len(part) for part in parts.values()])  # (N,)
+    result["sources"] = by_source(sources, flag_from, unsafe, scores[:, 0]) if len(parts) > 1 else {}
     if args.running:
         pairs = [(row, label) for row, label, v in zip(rows, unsafe, verdicts, strict=True) if v.tokens]
         encoded = [encode_row(guard.tokenizer, row) for row, _ in pairs]
@@ -52,7 +53,7 @@ def main():
     if args.plot:
         from experiments.plots import plot_evaluation
 
-        plot_evaluation(args.plot, unsafe, scores[:, 0])
+        plot_evaluation(args.plot, unsafe, scores[:, 0], sources)
 
 
 def evaluation_rows(sources):
@@ -64,13 +65,13 @@ def evaluation_rows(sources):
     return parts
 
 
-def by_source(parts, flag_from, unsafe, scores):
-    """{name: the figures of its rows}. parts: {name: rows}, N in all; flag_from, unsafe, scores: (N,)."""
-    ends, found = np.cumsum([len(rows) for rows in parts.values()]), {}
-    columns = [np.split(column, ends[:-1]) for column in (unsafe, scores, flag_from)]
-    for name, labels, *others in zip(parts, *columns, strict=True):
-        counts = {"rows": len(labels), "positives": int(labels.sum())}
-        found[name] = counts | evaluation(labels, *others)
+def by_source(sources, flag_from, unsafe, scores):
+    """{name: the figures of its rows}. sources: names (N,); flag_from, unsafe, scores: (N,)."""
+    found = {}
+    for name in dict.fromkeys(sources):
+        rows = sources == name
+        counts = {"rows": int(rows.sum()), "positives": int(unsafe[rows].sum())}
+        found[name] = counts | evaluation(unsafe[rows], scores[rows], flag_from[rows])
     return found
 
 

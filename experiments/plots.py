@@ -1,16 +1,25 @@
 """Pictures of what the commands measured. matplotlib is imported only here."""
 
+from pathlib import Path
+
 import numpy as np
 
 from common import explain
 from metrics import average_precision, curve, reliability
 
 
-def plot_evaluation(path, labels, scores):
-    """Draw precision over recall, the scores by class, and reliability. labels, scores: (N,)."""
+def plot_evaluation(path, labels, scores, sources):
+    """Draw precision over recall, the scores by class, and reliability.
+
+    labels, scores: (N,). sources: the file of each row (N,); each with unsafe rows gets a curve of its own.
+    """
     figure, (precision, histogram, diagram) = figure_of(1, 3, figsize=(12, 4))
-    _, positives, flagged = curve(labels, scores)
-    precision.plot(positives / max(labels.sum(), 1), positives / flagged)
+    names = [name for name in dict.fromkeys(sources) if labels[sources == name].any()]
+    for name in names:
+        _, positives, flagged = curve(labels[sources == name], scores[sources == name])
+        precision.plot(positives / positives[-1], positives / flagged, label=Path(name).stem[-24:])
+    if len(names) > 1:
+        precision.legend(fontsize="xx-small")
     precision.axhline(labels.mean(), linestyle=":", color="grey")
     precision.set(xlabel="recall", ylabel="precision", ylim=(0, 1.02))
     precision.set_title(f"AUPRC {average_precision(labels, scores):.3f}")

@@ -14,6 +14,7 @@ import evaluate
 from common import UserError
 from data import encode_row
 from evaluate import bootstrap, category_metrics, running_metrics, running_scores
+from experiments import plots
 from metrics import average_precision, evaluation, metrics
 
 NUMBERS = np.random.default_rng(0)
@@ -258,6 +259,18 @@ def test_the_plot_is_a_picture(result, tmp_path):
         (tmp_path / "plot.png").unlink()
     with pytest.raises(UserError, match="cannot draw"):
         result(ROWS, "--plot", tmp_path / "plot.xyz")
+
+
+def test_the_plot_has_a_curve_for_each_file_with_unsafe_rows(monkeypatch):
+    """Kills: one curve of all rows, curves of the wrong rows, a file that has no curve to draw."""
+    pytest.importorskip("matplotlib").use("Agg")
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    files = np.array(["a.csv", "a.csv", "safe.csv", "b.csv", "b.csv"])
+    labels, scores = np.array([1, 0, 0, 1, 0]), np.array([0.9, 0.2, 0.3, 0.1, 0.5])
+    plots.plot_evaluation("plot.png", labels, scores, files)
+    curves = {line.get_label(): line.get_ydata().tolist() for line in figures[0].axes[0].lines[:-1]}
+    assert curves == {"a": [1, 0.5], "b": [0, 0.5]}
 
 
 def test_running_verdicts_are_on_rows_with_an_answer(result):
