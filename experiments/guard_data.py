@@ -153,8 +153,8 @@ def answers_alone(rows):
 
 COPIES = {  # name: (sources, what makes rows of their rows, limits as above)
     "alone": (["beavertails"], answers_alone, 200, 40),
-    "disguised": (["prompts", "borderline", "ours-prompts"], disguised, 300, 60),
-    "conversations": (["beavertails", "everyday", "ours"], composed, 120, 40),
+    "disguised": (["prompts", "borderline", "ours-prompts"], disguised, 900, 60),
+    "conversations": (["beavertails", "everyday", "ours"], composed, 240, 40),
 }
 
 

@@ -559,18 +559,25 @@ def test_kept_copy_of_the_embedded_model_is_the_model(tmp_path, monkeypatch, cap
 # The guard that ships
 
 
-def test_shipped_guard_is_what_its_config_says():
+@pytest.mark.parametrize(
+    "folder, base, megabytes",
+    [("guard", EMBEDDED, 10), ("guard/qwen2.5-coder-1.5b", "qwen2.5-coder-1.5b.gguf", 20)],
+)
+def test_shipped_guard_is_what_its_config_says(folder, base, megabytes):
     """Kills: a config that GuardConfig does not know, calibration that is left in it, another adapter beside
-    it."""
-    folder = Path(checkpoint.__file__).with_name("guard")
+    it, a path of the machine that trained it, a file that is too large for a repository."""
+    folder = Path(checkpoint.__file__).parent / folder
     saved = json.loads((folder / "config.json").read_text())
     config = GuardConfig(**saved["guard"])
     wanted = {"base_model", "dtype", "base_fingerprint", "rows", "arguments", "computing"}
     assert set(saved) == wanted | {"guard", "operating_points"}
-    assert folder / "config.json" == checkpoint.SHIPPED and saved["base_model"] == EMBEDDED
+    assert saved["base_model"] == saved["arguments"]["hf_model_id"] == base
     header = adapter_header(saved["base_fingerprint"], replace(config, threshold=0.1))
     tensors = checkpoint.read_adapter(folder / "adapter.safetensors", header)
     assert tensors["guard_head.weight"].shape[0] == 1 + len(config.categories) == 15
+    assert (folder / "adapter.safetensors").stat().st_size <= megabytes * 10**6
+    for threshold, kind in ((config.threshold, "answer"), (config.prompt_threshold, "prompt")):
+        assert threshold in [point[0] for point in saved["operating_points"][kind].values()]
 
 
 @pytest.mark.slow

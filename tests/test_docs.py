@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "guard/README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+DOCUMENTS = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("[dg]*/**/*.md"))]
 TOUR = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", (ROOT / "docs/TOUR.md").read_text(), re.S)
 
 
