@@ -19,7 +19,7 @@ import peft
 import torch
 import transformers
 
-from chat import encode, fork
+from chat import encode, fork, shared_length
 from checkpoint import EMBEDDED, build_guard, load_chat_model, save_adapter, use_fast_dtype
 from common import UserError, run
 from data import encode_row, labels, read_rows
@@ -148,16 +148,22 @@ def ratio(found, one, other):
     return median(a / b for a, b in zip(found[one], found[other], strict=True))
 
 
-def operations(guard, lengths, training):
-    """Operations of a verdict or a training step on the activated path. Only matrix products count. Padding,
-    the language-model head and unused gradients do not."""
+def operations(guard, batches, training):
+    """Operations of verdicts or training steps on the activated path, for batches of conversations.
+
+    Only matrix products count. Padding, the language-model head and unused gradients do not.
+    """
     layers = [module for module in guard.modules() if isinstance(module, LoRALinear)]
     config = guard.chat_model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_attention_heads * width * config.num_hidden_layers
     frozen = sum(inside * outside for inside, outside in (linear_size(layer.base) for layer in layers))
     question = guard.guard_prompt_ids.shape[1]
+    lengths = [len(ids) for batch in batches for ids in batch]
     read = sum(2 * frozen * length + 2 * attention * length**2 for length in lengths)  # causal: half
+    for batch in batches:  # what a batch begins with is read once
+        shared = shared_length([ids[:-1] for ids in batch]) if len(batch) > 1 else 0
+        read -= (2 * frozen * shared + 2 * attention * shared**2) * (len(batch) - 1)
     judged = sum(2 * frozen + 4 * attention * (length + question / 2) for length in lengths) * question
     lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers) * 2 * question * len(lengths)
     # Backward needs one more product where W is frozen (dy W), and two in LoRA (its factors learn).
@@ -207,15 +213,16 @@ def measure_rows(args, guard, texts, targets, rounds):
     found = turns("training and scoring", contestants, rounds)
     products = zip(*([seconds / (2 * size**3) for seconds in found[size]] for size in PRODUCTS), strict=True)
     found["limit"] = [min(seconds) for seconds in products]  # for one operation, in each round
-    learnt = [len(ids) for batch, _ in ours for ids in batch]
-    judged = [len(ids) for ids in scored]
+    learnt = [texts for texts, _ in ours]
+    judged = [scored[start : start + SCORED] for start in range(0, len(scored), SCORED)]
+    rows = sum(map(len, learnt))
     return {
         "limit_gflops": median(1e-9 / seconds for seconds in found["limit"]),
-        "train_rows_per_second": len(learnt) / median(found["ours"]),
-        "train_speedup": ratio(found, "peer", "ours") * len(learnt) / len(theirs[0]),
+        "train_rows_per_second": rows / median(found["ours"]),
+        "train_speedup": ratio(found, "peer", "ours") * rows / len(theirs[0]),
         "train_fraction_of_limit": operations(guard, learnt, training=True) * ratio(found, "limit", "ours"),
         "score_speedup": ratio(found, "peer score", "score"),
-        "score_tokens_per_second": sum(judged) / median(found["score"]),
+        "score_tokens_per_second": sum(map(len, scored)) / median(found["score"]),
         "score_fraction_of_limit": operations(guard, judged, training=False) * ratio(found, "limit", "score"),
     }
 

@@ -38,8 +38,7 @@ def encode(tokenizer, messages):
     if not answered:
         return before, len(before)
     ids = render(tokenizer, messages, continue_final_message=True)
-    pairs = zip(before, ids, strict=False)
-    return ids, next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(before), len(ids)))
+    return ids, shared_length([before, ids])
 
 
 def render(tokenizer, messages, **options):
@@ -102,8 +101,7 @@ class Past:
 
     def rewind(self, ids, config):
         """Go back to what this has in common with `ids`. A cache that cannot be cropped starts anew."""
-        shorter = min(len(self.ids), len(ids) - 1)  # the last token is always read: its logits are needed
-        common = next((n for n in range(shorter) if self.ids[n] != ids[n]), shorter)
+        common = shared_length([self.ids, ids[:-1]])  # the last token is always read: its logits are needed
         kept, self.ids = self.ids, []  # so the next turn reads all again if this is interrupted
         shrinks = common < len(kept)
         if not common or (shrinks and any(type(layer) is not DynamicLayer for layer in self.cache.layers)):
@@ -148,6 +146,30 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
             return
         ids = torch.cat([ids, token], dim=1)
         stopped = bool(stopping_criteria(ids, scores).all())
+
+
+def shared_length(conversations):
+    """How many token ids all conversations have in common at their start."""
+    first, last = min(conversations), max(conversations)  # in the order of their ids, so these differ first
+    shorter = min(len(first), len(last))
+    return next((n for n in range(shorter) if first[n] != last[n]), shorter)
+
+
+@torch.no_grad()
+def read_shared(chat_model, conversations):
+    """Read once what B conversations begin with, such as a system prompt -> (cache of B rows, its P tokens).
+
+    (None, 0) if that is nothing, or a cache that cannot be shared. Each conversation keeps a token to read.
+    """
+    shared = shared_length([ids[:-1] for ids in conversations])
+    if len(conversations) == 1 or shared == 0:
+        return None, 0
+    ids = torch.tensor([conversations[0][:shared]], device=chat_model.device)
+    cache = chat_model.base_model(input_ids=ids, use_cache=True).get("past_key_values")
+    if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [None])):
+        return None, 0  # a sliding window would count the padding between this part and the rest
+    cache.batch_repeat_interleave(len(conversations))
+    return cache, shared
 
 
 def fork(cache):

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import chat
@@ -126,10 +127,12 @@ class GuardedChat(nn.Module):
             hidden = output.last_hidden_state  # (B, T, H)
             return self.guard_logits(hidden[torch.arange(len(ids), device=ids.device), last])
         # Left padding: the guard prompt follows every conversation without a gap.
-        ids, mask = self.pad(conversations, "left")  # (B, T)
-        padding = {} if mask.all() else {"attention_mask": mask, "position_ids": positions(mask)}
+        past, shared = chat.read_shared(self.chat_model, conversations)  # P tokens
+        ids, mask = self.pad([row[shared:] for row in conversations], "left")  # (B, T - P)
+        mask = F.pad(mask, (shared, 0), value=1)  # (B, T)
+        padding = {} if mask.all() else {"attention_mask": mask, "position_ids": positions(mask)[:, shared:]}
         with torch.no_grad():
-            read = self.chat_model.base_model(input_ids=ids, use_cache=True, **padding)
+            read = self.chat_model.base_model(input_ids=ids, past_key_values=past, use_cache=True, **padding)
         return self.judge(read.get("past_key_values"), padding.get("attention_mask"))
 
     def judge(self, cache, mask=None):

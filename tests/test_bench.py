@@ -180,14 +180,25 @@ def test_operations_are_those_that_torch_counts(length):
     attention = 2 * 64 * length**2, 4 * 64 * question * (length + question / 2)  # 2 layers, 4 heads of 8
     with torch.no_grad(), FlopCounterMode(display=False) as judged:  # it does not count attention on a CPU
         guard([[5] * length])
-    head = 2 * 32 * 3
-    assert operations(guard, [length], training=False) - sum(attention) == judged.get_total_flops() - head
+    head, alone = 2 * 32 * 3, [[[5] * length]]
+    assert operations(guard, alone, training=False) - sum(attention) == judged.get_total_flops() - head
     with FlopCounterMode(display=False) as learnt:
         guard([[5] * length]).sum().backward()
-    ours = operations(guard, [length], training=True) - attention[0] - 2 * attention[1]
+    ours = operations(guard, alone, training=True) - attention[0] - 2 * attention[1]
     counted = learnt.get_total_flops() - 3 * head
     assert counted < ours < 1.03 * counted  # torch skips the gradient of the first layer's input
-    assert operations(guard, [length] * 3, training=True) == 3 * operations(guard, [length], training=True)
+    assert operations(guard, alone * 3, training=True) == 3 * operations(guard, alone, training=True)
+
+
+def test_operations_count_a_shared_beginning_once():
+    """Kills: a shared part that counts for each row, or for none."""
+    guard, rows = make_guard(), [[5] * 20 + [n] * 4 for n in (6, 7, 8)]
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        guard(rows)
+    question = guard.guard_prompt_ids.shape[1]
+    attention = 2 * 64 * (3 * 24**2 - 2 * 20**2) + 3 * 4 * 64 * question * (24 + question / 2)
+    ours = operations(guard, [rows], training=False) - attention
+    assert ours == counted.get_total_flops() - 3 * 2 * 32 * 3
 
 
 def test_the_peer_pads_every_row_to_the_longest_and_ours_does_not(args, monkeypatch):
@@ -202,7 +213,7 @@ def test_the_peer_pads_every_row_to_the_longest_and_ours_does_not(args, monkeypa
 
     monkeypatch.setattr(type(guard.chat_model.base_model), "forward", spy)
     monkeypatch.setattr(guard, "score", lambda texts: scored.extend(texts))
-    scored, texts, targets = [], [[5] * (1 + row) for row in range(64)], torch.zeros(64, 15)
+    scored, texts, targets = [], [[row] + [5] * row for row in range(64)], torch.zeros(64, 15)
     before = {name: parameter.clone() for name, parameter in guard.named_parameters()}
     returned = replace_turns(monkeypatch)
     fields = measure_rows(args, guard, texts, targets, 1)

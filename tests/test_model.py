@@ -146,6 +146,18 @@ def test_score_depends_on_no_padding_neighbour_or_order(kind, path):
     assert (alone[0] - alone[-1]).abs().max() > 1e-3
 
 
+def test_what_conversations_have_in_common_is_read_once():
+    """Kills: a system prompt that is read for each row, a row of which all is shared, so nothing is left."""
+    guard, read = make_guard(), []
+    rows = [[5, 6, 7, 8, 9, 4], [5, 6, 7], [5, 6, 7, 3]]
+    alone = torch.cat([guard.score([row]) for row in rows])
+    guard.chat_model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    assert torch.allclose(guard.score(rows), alone, atol=1e-5)
+    assert read == [(1, 2), (3, 4), (3, guard.guard_prompt_ids.shape[1])]
+
+
 def test_cache_that_cannot_be_forked_is_refused():
     """Kills: judging on a static cache, which is written in place."""
     guard = make_guard()
