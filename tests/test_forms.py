@@ -71,15 +71,16 @@ def test_columns_of_known_sets(tmp_path):
     pku = {"prompt": "p", "response_0": "x", "response_1": "y"}
     pku |= {"is_response_0_safe": True, "is_response_1_safe": False, "better_response_id": 0}
     wild = {"prompt": "w", "response": None, "prompt_harm_label": "harmful", "response_harm_label": None}
+    half = wild | {"response": "yes"}  # nobody labelled the answer
     both = wild | {"response": "no", "response_harm_label": "unharmful"}
     aegis = {"prompt": "e", "response": "sure", "prompt_label": "safe", "response_label": "unsafe"}
     share = {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}], "is_safe": 0}
     parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": "m"}]}], "is_safe": "safe"}
-    path = write(tmp_path / "rows.jsonl", [pku, wild, both, aegis, share, parts])
-    wanted = [("x", True), ("y", False), ("w", False), ("w", False), ("no", True)]
+    path = write(tmp_path / "rows.jsonl", [pku, wild, half, both, aegis, share, parts])
+    wanted = [("x", True), ("y", False), ("w", False), ("w", False), ("w", False), ("no", True)]
     wanted += [("e", True), ("sure", False), ("g", False), ("m", True)]
     assert [(text, is_safe) for text, is_safe, _ in told(path)] == wanted
-    assert [conversation(row)[0]["content"] for row in rows_of(path)] == list("ppwwweehm")
+    assert [conversation(row)[0]["content"] for row in rows_of(path)] == list("ppwwwweehm")
 
 
 def test_containers(tmp_path):
@@ -156,6 +157,11 @@ def test_lines_come_one_at_a_time_and_a_bad_one_stays_in_its_place(tmp_path):
     assert where.endswith("line 1") and place.endswith("line 3") and isinstance(bad, UserError)
     assert [first, last] == [{"prompt": "a"}, {"prompt": "b"}]
     assert conversation(first) == user("a")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 2**16)[:-8])
+    rows = read_file(tmp_path / "cut.jsonl.gz")
+    assert next(rows)[1] == first  # it comes before the damage at the end is seen
+    with pytest.raises(UserError, match="cannot read"):
+        list(rows)
 
 
 MESSAGE = {"role": "user", "content": "a"}
