@@ -1,5 +1,6 @@
 """What people do with a chat model that carries a guard. Each test names the mutations that it kills."""
 
+import copy
 import json
 import os
 import signal
@@ -13,8 +14,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CHATML, KINDS, make_guard, make_model, make_rows, make_tokenizer, user, write
+from tokenizers import Tokenizer, decoders, models
 from torch import nn
-from transformers import AutoTokenizer, DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 import checkpoint
 from chat import checkpoint_gradients, encode, reached_layers
@@ -34,10 +42,11 @@ ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 def test_a_chat_model_carries_one_guard():
     """Kills: a second guard inside the first one's layers, half an injection that spoils the first guard."""
     guard = make_guard()
-    before = guard.score(ROWS)
+    before, names = guard.score(ROWS), list(guard.adapter())
     with pytest.raises(ValueError, match="already carries a guard"):
         GuardedChat(guard.chat_model, guard.tokenizer, guard.config)
-    assert torch.equal(guard.score(ROWS), before)
+    assert torch.equal(guard.score(ROWS), before) and list(guard.adapter()) == names
+    assert all(parameter.requires_grad for parameter in guard.adapter().values())
 
 
 def test_what_is_saved_is_the_adapter_whatever_the_user_unfreezes():
@@ -78,6 +87,7 @@ def with_vision():
 def test_every_lora_tensor_gets_a_gradient_within_two_steps(kind, path):
     """Kills: LoRA in a vision tower or a side projection that a text never reaches."""
     chat_model = with_vision() if kind == "with vision" else make_model(kind)
+    chat_model.base_model.side = nn.Linear(32, 32)  # no text reaches it
     guard = GuardedChat(chat_model, make_tokenizer(), GuardConfig(["theft"], path, " harmful?", lora_r=4))
     optimizer, moved = torch.optim.SGD(guard.adapter().values(), lr=1.0), set()
     for _ in range(2):
@@ -207,7 +217,9 @@ def test_peft_opens_an_exported_guard(path, tmp_path):
     question = guard.guard_prompt_ids[0].tolist()
     with torch.no_grad():
         output = theirs(torch.tensor([ROWS[0] + question]), output_hidden_states=True)
-    head = checkpoint.safetensors.torch.load_file(tmp_path / "exported/guard_head.safetensors")
+    files = ("adapter_model.safetensors", "guard_head.safetensors")
+    lora, head = (checkpoint.safetensors.torch.load_file(tmp_path / "exported" / file) for file in files)
+    assert all("lora_" in name for name in lora)  # PEFT ignores other names in silence
     logits = output.hidden_states[-1][:, -1] @ head["weight"].T + head["bias"]
     assert torch.allclose(logits, guard.score(ROWS[:1]), atol=1e-5)
     assert json.loads((tmp_path / "exported/guard.json").read_text())["categories"] == ["theft", "hate"]
@@ -236,7 +248,11 @@ def test_a_run_may_be_used_from_anywhere(tmp_path, monkeypatch):
         load_guard("../run/config.json", device_id=-1, base_model="other")
 
 
-@pytest.mark.parametrize("name", checkpoint.LAUNCHED)
+# Spelled out here, so a name that checkpoint.LAUNCHED loses fails.
+LAUNCHERS = ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
 def test_processes_that_do_not_know_of_each_other_are_refused(name, monkeypatch):
     """Kills: four processes that each write every row, a launcher that is not asked."""
     monkeypatch.setattr(checkpoint, "Accelerator", lambda: SimpleNamespace(num_processes=1))
@@ -270,10 +286,19 @@ WITHOUT_SPACES = {
 }
 
 
+def make_byte_fallback():
+    """Like Llama 2's tokenizer: half a character makes the bytes before it unreadable too."""
+    vocabulary = {f"<0x{n:02X}>": n for n in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, make_byte_fallback])
 @pytest.mark.parametrize("text", WITHOUT_SPACES.values(), ids=WITHOUT_SPACES)
-def test_text_without_spaces_is_shown_piece_by_piece(text):
-    """Kills: a text that is held back until a space comes, half a character on the screen."""
-    tokenizer = make_tokenizer()
+def test_text_without_spaces_is_shown_piece_by_piece(text, make):
+    """Kills: a text held back until a space or many bytes later, half a character on the screen."""
+    tokenizer = make()
     ids = tokenizer(text, add_special_tokens=False).input_ids
     shown = [whole_characters(tokenizer, ids[:end]) for end in range(len(ids) + 1)]
     assert shown[-1] == text and all(text.startswith(part) and "\ufffd" not in part for part in shown)
@@ -282,11 +307,14 @@ def test_text_without_spaces_is_shown_piece_by_piece(text):
 
 
 def test_a_literal_replacement_character_does_not_hold_the_rest_back():
-    """Kills: a stream that waits for the end of a character that is whole."""
+    """Kills: a stream that waits for the end of a character that is whole, half a character after it."""
     tokenizer = make_tokenizer()
     ids = tokenizer("so \ufffd it is", add_special_tokens=False).input_ids
     assert whole_characters(tokenizer, ids) == "so \ufffd it is"
     assert whole_characters(tokenizer, ids[:-2]).startswith("so \ufffd ")
+    text = "\ufffd\ufffd東"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert all(text.startswith(whole_characters(tokenizer, ids[:end])) for end in range(len(ids) + 1))
 
 
 PRINTS = "import sys; sys.path.insert(0, sys.argv[1]); from common import run; run(lambda: print('é 東京'))"
@@ -348,7 +376,8 @@ def test_a_cache_is_read_by_one_guard_only():
     guard, cache = make_guard(), DynamicCache()
     with torch.no_grad():
         guard.chat_model(torch.tensor([ROWS[0]]), past_key_values=cache)
-        before = [layer.keys.clone() for layer in cache.layers]
+        before = copy.deepcopy(cache)
         guard.judge(cache)
-    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, cache.layers, strict=True))
+    for old, new in zip(before.layers, cache.layers, strict=True):
+        assert torch.equal(old.keys, new.keys) and torch.equal(old.values, new.values)
     assert sum(isinstance(module, LoRALinear) for module in guard.modules()) == 14
