@@ -1,6 +1,7 @@
 """Caches that are kept on disk for training. Each test names the mutations that it kills."""
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ids_of, make_guard, make_model, make_tokenizer
 from test_train import FAST, FILES, close, run, tensors, write_learnable
@@ -9,7 +10,7 @@ from common import UserError
 from experiments.caches import keep_caches
 from model import GuardConfig, GuardedChat
 
-TEXTS = ["how is the bread?", "hi", "the answer is harmful, and the user is safe " * 2, "or"]
+TEXTS = ["how is the bread?", "hi", "the answer is harmful, and the user is safe " * 2, "ho"]
 
 
 def conversations(guard):
@@ -37,13 +38,18 @@ def test_kept_caches_give_the_same_logits_and_are_read_once(tmp_path, monkeypatc
 
     monkeypatch.setattr(guard.chat_model.base_model, "forward", spy)
     assert torch.allclose(guard(ids, ends), cut, atol=1e-5)
-    assert len(read) == len(ids) + 1 and len(list(folder.iterdir())) == len(ids)
+    assert len(read) == len(ids) + 1
+    kept = [safetensors.torch.load_file(path)["cache"].shape[3] for path in folder.iterdir()]
+    assert sorted(kept) == sorted(lengths) and len(set(lengths)) < len(ids)  # two are of one length
     assert torch.allclose(guard(ids, lengths), whole, atol=1e-5)
     assert torch.allclose(guard(ids[::-1], lengths[::-1]), whole.flip(0), atol=1e-5)
     assert len(read) == len(ids) + 3
+    with torch.autocast("cpu", torch.bfloat16):
+        guard(ids, lengths)
+    assert len(list(folder.iterdir())) == 2 * len(ids)
     guard.chat_model.double()
     assert torch.allclose(guard(ids, lengths), whole, atol=1e-5)
-    assert len(list(folder.iterdir())) == 2 * len(ids)
+    assert len(list(folder.iterdir())) == 3 * len(ids)
 
     scaled = make_model()
     scaled.config.rope_theta = 7.0
