@@ -52,7 +52,8 @@ def kept(guard, folder, ids):
 
     It is read alone, so a file is the same whatever batch it was first needed in.
     """
-    autocast = torch.is_autocast_enabled(guard.guard_prompt_ids.device.type)
+    device = guard.guard_prompt_ids.device.type
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
     content = json.dumps([ids, str(guard.chat_model.dtype), autocast]).encode()
     path = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
     if not path.exists():

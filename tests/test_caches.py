@@ -44,12 +44,13 @@ def test_kept_caches_give_the_same_logits_and_are_read_once(tmp_path, monkeypatc
     assert torch.allclose(guard(ids, lengths), whole, atol=1e-5)
     assert torch.allclose(guard(ids[::-1], lengths[::-1]), whole.flip(0), atol=1e-5)
     assert len(read) == len(ids) + 3
-    with torch.autocast("cpu", torch.bfloat16):
-        guard(ids, lengths)
-    assert len(list(folder.iterdir())) == 2 * len(ids)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            guard(ids, lengths)
+    assert len(list(folder.iterdir())) == 3 * len(ids)
     guard.chat_model.double()
     assert torch.allclose(guard(ids, lengths), whole, atol=1e-5)
-    assert len(list(folder.iterdir())) == 3 * len(ids)
+    assert len(list(folder.iterdir())) == 4 * len(ids)
 
     scaled = make_model()
     scaled.config.rope_theta = 7.0
