@@ -65,7 +65,7 @@ def main():
     result["dtype"] = str(guard.chat_model.dtype)[6:]  # without "torch."
     result["versions"] = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
     result |= {"rows": len(rows), "longest_row": max(map(len, texts))}
-    result |= shown(measure_rows(args, guard, texts, labels(rows, guard.config.categories), rounds))
+    result |= shown(measure_rows(args.model, guard, texts, labels(rows, guard.config.categories), rounds))
     last = [texts[row] for row in sample(texts, BATCH)[-1]]
     result |= shown(measure_peft(args.model, guard, full, last, rounds))
     guard = load(args.model, "chat")
@@ -192,13 +192,13 @@ def reference(guard, chat_model):
     return judge, torch.optim.AdamW([*model.parameters(), *head.parameters()])
 
 
-def measure_rows(args, guard, texts, targets, rounds):
+def measure_rows(model, guard, texts, targets, rounds):
     """Speed of training and scoring, beside peft and a limit: the fastest of a few square matrix products."""
     ours = [([texts[row] for row in batch], targets[batch]) for batch in sample(texts, BATCH)]
-    theirs = [part[: BATCH // 4 if args.quick else BATCH] for part in ours[0]]
+    theirs = [part[: BATCH // 4] for part in ours[0]]  # more would not fit in memory beside a larger model
     scored = [texts[row] for batch in sample(texts, SCORED) for row in batch]
     optimizer = torch.optim.AdamW(guard.parameters())
-    chat_model = load_chat_model(args.model)[0].to(guard.chat_model.dtype)
+    chat_model = load_chat_model(model)[0].to(guard.chat_model.dtype)
     peer, longest = reference(guard, chat_model), max(map(len, texts))
     mixed = [scored[n] for n in torch.randperm(len(scored), generator=torch.Generator().manual_seed(0))]
     file = [mixed[start : start + SCORED] for start in range(0, len(mixed), SCORED)]  # in a file's order

@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +25,6 @@ from bench import (
 )
 from chat import encode
 from common import UserError
-
-
-@pytest.fixture
-def args(model_folder):
-    return SimpleNamespace(model=model_folder, quick=False)
 
 
 def replace_turns(monkeypatch, seconds=None, calls=1):
@@ -78,19 +72,19 @@ def test_progress_goes_to_standard_error(capsys):
     assert capsys.readouterr() == ("", "measuring the weather\n")
 
 
-def test_the_limit_is_the_fastest_product_of_the_same_round(args, monkeypatch):
+def test_the_limit_is_the_fastest_product_of_the_same_round(model_folder, monkeypatch):
     """Kills: the slowest product, one limit for all rounds, a mean, rows counted more than once."""
     found = {size: [2 * size**3 / speed for speed in (1, 2, 4)] for size in PRODUCTS}
     found[PRODUCTS[1]] = [seconds / 10 for seconds in found[PRODUCTS[1]]]
     found |= {"ours": [1, 4, 0.25], "peer": [2, 2, 2], "score": [2, 2, 2], "peer score": [4, 9, 6]}
     replace_turns(monkeypatch, found, calls=0)
     monkeypatch.setattr(bench, "operations", lambda guard, lengths, training: 20 if training else 40)
-    fields = measure_rows(args, make_guard(), [[5] * 10] * 64, torch.zeros(64, 3), 3)
+    fields = measure_rows(model_folder, make_guard(), [[5] * 10] * 64, torch.zeros(64, 3), 3)
     assert fields == pytest.approx(
         {
             "limit_gflops": 20e-9,
             "train_rows_per_second": 64,
-            "train_speedup": 2 * 64 / BATCH,
+            "train_speedup": 2 * 64 / (BATCH // 4),
             "train_fraction_of_limit": 2.0,
             "score_speedup": 3,
             "score_tokens_per_second": 320,
@@ -201,9 +195,9 @@ def test_operations_count_a_shared_beginning_once():
     assert ours == counted.get_total_flops() - 3 * 2 * 32 * 3
 
 
-def test_the_peer_pads_every_row_to_the_longest_and_ours_does_not(args, monkeypatch):
+def test_the_peer_pads_every_row_to_the_longest_and_ours_does_not(model_folder, monkeypatch):
     """Kills: a peer without padding or mask, rows that are counted but not learnt, frozen adapters."""
-    guard, seen = load(args.model, "train"), []
+    guard, seen = load(model_folder, "train"), []
     forward = type(guard.chat_model.base_model).forward
 
     def spy(self, *positional, **named):
@@ -216,16 +210,16 @@ def test_the_peer_pads_every_row_to_the_longest_and_ours_does_not(args, monkeypa
     scored, texts, targets = [], [[row] + [5] * row for row in range(64)], torch.zeros(64, 15)
     before = {name: parameter.clone() for name, parameter in guard.named_parameters()}
     returned = replace_turns(monkeypatch)
-    fields = measure_rows(args, guard, texts, targets, 1)
+    fields = measure_rows(model_folder, guard, texts, targets, 1)
     question = guard.guard_prompt_ids.shape[1]
     ours = [(BATCH, length) for end in (16, 32, 48, 64) for length in (end, question)]
     learnt, *judged = seen[len(ours) :]  # the peer's one batch of training, and its two of scoring
-    assert [shape for shape, _ in seen[: len(ours)]] == ours and learnt[0] == (BATCH, 64)
-    assert sorted(learnt[1]) == list(range(1, 17))
+    assert [shape for shape, _ in seen[: len(ours)]] == ours and learnt[0] == (BATCH // 4, 64)
+    assert sorted(learnt[1]) == list(range(1, 5))
     assert sorted(judged[0][1] + judged[1][1]) == list(range(1, 65))  # in no order, padded to their longest
     assert [shape for shape, _ in judged] == [(32, max(lengths)) for _, lengths in judged]
     assert returned.keys() == {"ours", "peer", "score", "peer score", *PRODUCTS}
-    assert fields["train_rows_per_second"] == 64 and fields["train_speedup"] == 64 / BATCH
+    assert fields["train_rows_per_second"] == 64 and fields["train_speedup"] == 16
     assert scored == sorted(texts, key=len) and fields["score_tokens_per_second"] == sum(range(65))
     changed = {
         name for name, parameter in guard.named_parameters() if not torch.equal(parameter, before[name])
