@@ -311,7 +311,8 @@ def measure_growth(model):
 def peak(model, what, rows=16, length=128, rank=16):
     """(seconds of the second step, peak resident bytes) of a process that only trains or only scores."""
     guard = load(model, "train", lora_r=rank)
-    texts = [(encode(guard.tokenizer, MESSAGES)[0] * length)[:length]] * rows
+    ids = (encode(guard.tokenizer, MESSAGES)[0] * length)[1:length]
+    texts = [[row, *ids] for row in range(rows)]  # nothing is shared that could be read once
     targets = torch.zeros(rows, guard.head.out_features)
     optimizer = torch.optim.AdamW(guard.parameters())
     for _ in range(2):
