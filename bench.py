@@ -102,7 +102,7 @@ def load(model, use, **settings):
         use_fast_dtype(guard)
     for name, parameter in guard.adapter().items():
         torch.nn.init.normal_(parameter, std=0.02)  # with B at zero, peft would agree whatever the scale is
-        if "lora_" in name and use != "train":  # as load_guard does
+        if guard.is_full and "lora_" in name:  # as load_guard does
             parameter.data = parameter.data.to(guard.chat_model.dtype)
     return guard
 

@@ -219,7 +219,7 @@ def load_guard(
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
-            if "lora_" in name:  # cast once and not in every pass; only Adam needs fp32
+            if guard.is_full and "lora_" in name:  # many tokens: cast once and not in every pass
                 parameter.data = parameter.data.to(chat_model.dtype)
     return guard
 

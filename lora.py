@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+FEW = 64  # tokens, up to which the update is computed in the dtype of A and B, fp32
+
 
 class Gate(threading.local):
     """The switch that all LoRA layers of a model share: shut by default, and separate in each thread."""
@@ -62,8 +64,11 @@ class LoRALinear(nn.Module):
         y = self._modules["base"].forward(x)  # (..., out)
         if not self.gate.is_open:
             return y
-        ax = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))  # (..., r)
-        return torch.add(y, F.linear(ax, self.lora_B.to(x.dtype)), alpha=self.scaling)  # (..., out)
+        a, b = self.lora_A, self.lora_B
+        if x.numel() > FEW * x.shape[-1]:  # for fewer tokens, 16-bit products take longer on a CPU
+            a, b = a.to(x.dtype), b.to(x.dtype)
+        ax = F.linear(F.dropout(x.to(a.dtype), self.lora_dropout, self.training), a)  # (..., r)
+        return torch.add(y, F.linear(ax, b).to(y.dtype), alpha=self.scaling)  # (..., out)
 
 
 def linear_size(module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lora import Gate, LoRALinear, inject_lora
+from lora import FEW, Gate, LoRALinear, inject_lora
 
 IN, OUT, R, ALPHA = 6, 5, 3, 7.0
 
@@ -93,6 +93,20 @@ def test_adapters_are_fp32_beside_a_bf16_base():
     assert {p.dtype for p in trainable(model).values()} == {torch.float32}
     with gate.opened():
         assert model(x.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_few_tokens_are_updated_in_fp32_and_many_in_the_dtype_of_the_text():
+    """Kills: an update in bf16 for every number of tokens or for none, a limit by one dimension alone."""
+    layer = make_layer()
+    layer.base = nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16)
+    nn.init.zeros_(layer.base.weight)  # so the output is the update alone
+    text = torch.randn(2, FEW, IN, dtype=torch.bfloat16)
+    for part in (text[:1], text[:, : FEW // 2], text[:, : FEW // 2 + 1], text):
+        dtype = torch.float32 if part.shape[:2].numel() <= FEW else torch.bfloat16
+        ax = F.linear(part.to(dtype), layer.lora_A.to(dtype))
+        update = F.linear(ax, layer.lora_B.to(dtype)).to(torch.bfloat16)
+        with layer.gate.opened():
+            assert torch.equal(layer(part), torch.add(torch.zeros_like(update), update, alpha=ALPHA / R))
 
 
 def test_dropout_acts_in_training_only_and_on_the_update_only():

@@ -246,11 +246,11 @@ def test_a_measured_guard_is_prepared_as_in_use(monkeypatch):
     monkeypatch.setattr(bench, "load_chat_model", lambda name: (make_model().bfloat16(), make_tokenizer()))
     fast = []
     monkeypatch.setattr(bench, "use_fast_dtype", fast.append)
-    guards = {use: load("tiny", use) for use in ("train", "score", "chat")}
-    assert fast == [guards["train"], guards["score"]]
-    for use, guard in guards.items():
+    guards = [load("tiny", "train"), load("tiny", "score", guard_path="full"), load("tiny", "chat")]
+    assert fast == guards[:2]
+    for guard, dtype in zip(guards, (torch.float32, torch.bfloat16, torch.float32), strict=True):
         lora = {parameter.dtype for name, parameter in guard.adapter().items() if "lora_" in name}
-        assert lora == {torch.float32 if use == "train" else torch.bfloat16}
+        assert lora == {dtype}
         assert all(parameter.any() for parameter in guard.adapter().values())
 
 

@@ -100,19 +100,20 @@ def test_threshold_argument_replaces_both(saved):
         load_guard(saved[1], threshold=math.nan)
 
 
-def test_loaded_guard_is_cast_once_and_judges_as_before(saved):
-    """Kills: adapters that are cast in every pass, a cast that rounds twice, a head or a buffer that is cast
-    too."""
-    _, config, adapter = saved
+@pytest.mark.parametrize(("guard_path", "dtype"), [("activated", torch.float32), ("full", torch.bfloat16)])
+def test_lora_of_a_loaded_guard_is_in_the_dtype_it_computes_in(tmp_path, model_folder, guard_path, dtype):
+    """Kills: 16-bit products in a verdict of one token, a full guard that casts in every pass, a cast that
+    rounds twice, a head or a buffer that is cast too."""
+    config, adapter = save(make_guard(guard_path=guard_path), tmp_path, model_folder)
     edit(config, "dtype", "bfloat16")
     loaded = load_guard(config, adapter)
     dtypes = {name: parameter.dtype for name, parameter in loaded.adapter().items()}
-    assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.bfloat16}
-    assert {dtype for name, dtype in dtypes.items() if "head" in name} == {torch.float32}
-    cast = score(loaded)
+    assert {found for name, found in dtypes.items() if "lora_" in name} == {dtype}
+    assert {found for name, found in dtypes.items() if "head" in name} == {torch.float32}
+    logits = score(loaded)
     for name, tensor in safetensors.torch.load_file(adapter).items():
-        loaded.adapter()[name].data = tensor  # fp32 again
-    assert torch.equal(score(loaded), cast)
+        loaded.adapter()[name].data = tensor  # fp32
+    assert torch.equal(score(loaded), logits)
 
 
 def test_only_adapters_and_head_are_saved_under_pefts_names(saved):
