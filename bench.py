@@ -83,7 +83,8 @@ def main():
     if args.plot_growth:
         plot_growth(args.plot_growth, result["growth"])
     if args.plot:
-        caption = f"One verdict, {args.model} in {result['chat_dtype']}, {result['threads']} CPU threads"
+        name, dtype = Path(args.model).name, result["chat_dtype"]
+        caption = f"One verdict, {name} in {dtype}, {result['threads']} CPU threads"
         plot_verdicts(args.plot, {length: result[f"milliseconds_{length}"] for length in lengths}, caption)
 
 
