@@ -19,7 +19,7 @@ import peft
 import torch
 import transformers
 
-from chat import encode, fork, shared_length
+from chat import encode, fork, shared_tokens
 from checkpoint import EMBEDDED, build_guard, load_chat_model, save_adapter, use_fast_dtype
 from common import UserError, run
 from data import encode_row, labels, read_rows
@@ -163,7 +163,7 @@ def operations(guard, batches, training):
     lengths = [len(ids) for batch in batches for ids in batch]
     read = sum(2 * frozen * length + 2 * attention * length**2 for length in lengths)  # causal: half
     for batch in batches:  # what a batch begins with is read once
-        shared = shared_length([ids[:-1] for ids in batch]) if len(batch) > 1 else 0
+        shared = shared_tokens(guard.chat_model, batch)
         read -= (2 * frozen * shared + 2 * attention * shared**2) * (len(batch) - 1)
     judged = sum(2 * frozen + 4 * attention * (length + question / 2) for length in lengths) * question
     lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers) * 2 * question * len(lengths)

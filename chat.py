@@ -6,6 +6,7 @@ This module holds all that is specific to transformers' tokenizers, decoding and
 import contextlib
 import copy
 import functools
+import inspect
 import re
 import sys
 import threading
@@ -155,19 +156,30 @@ def shared_length(conversations):
     return next((n for n in range(shorter) if first[n] != last[n]), shorter)
 
 
+def shared_tokens(chat_model, conversations):
+    """How many tokens at the start of B conversations the model can read once. Each keeps a token to read.
+
+    0 for models that would count the padding, which then stands inside a row: those with sliding windows,
+    local attention (GPT-Neo's attention_types) or positions that they count themselves.
+    """
+    config = chat_model.config.get_text_config(decoder=True)
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    plain = plain and not hasattr(config, "attention_types")
+    plain = plain and "position_ids" in inspect.signature(chat_model.base_model.forward).parameters
+    return shared_length([ids[:-1] for ids in conversations]) if plain and len(conversations) > 1 else 0
+
+
 @torch.no_grad()
 def read_shared(chat_model, conversations):
     """Read once what B conversations begin with, such as a system prompt -> (cache of B rows, its P tokens).
 
-    (None, 0) if that is nothing, or a cache that cannot be shared. Each conversation keeps a token to read.
+    Returns (None, 0) if nothing is shared.
     """
-    shared = shared_length([ids[:-1] for ids in conversations])
-    if len(conversations) == 1 or shared == 0:
+    shared = shared_tokens(chat_model, conversations)
+    if shared == 0:
         return None, 0
     ids = torch.tensor([conversations[0][:shared]], device=chat_model.device)
-    cache = chat_model.base_model(input_ids=ids, use_cache=True).get("past_key_values")
-    if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [None])):
-        return None, 0  # a sliding window would count the padding between this part and the rest
+    cache = chat_model.base_model(input_ids=ids, use_cache=True).past_key_values
     cache.batch_repeat_interleave(len(conversations))
     return cache, shared
 

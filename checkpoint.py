@@ -105,7 +105,10 @@ def use_fast_dtype(guard, dtype=None):
         reason = f"a product of its matrices takes {reason}"
     dtype, reason = broadcast_object_list([dtype, reason])  # processes that differ would give other verdicts
     if dtype != stored:  # a quantised model cannot be cast at all
+        trained = [(parameter, parameter.data) for parameter in guard.adapter().values()]
         model.to(getattr(torch, dtype))
+        for parameter, data in trained:  # Adam needs fp32
+            parameter.data = data
     return f"computing in {dtype}: {reason}"
 
 

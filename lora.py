@@ -19,8 +19,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-FEW = 64  # tokens, up to which the update is computed in the dtype of A and B, fp32
-
 
 class Gate(threading.local):
     """The switch that all LoRA layers of a model share: shut by default, and separate in each thread."""
@@ -44,14 +42,16 @@ class LoRALinear(nn.Module):
 
     base: any module that maps (..., in) to (..., out), so quantised layers work unchanged.
     size: (in, out). lora_dropout: share of the entries of x that A does not see in training.
+    in_fp32: compute the update in the dtype of A and B, and not in that of x.
     """
 
-    def __init__(self, base, size, r, lora_alpha, lora_dropout, gate):
+    def __init__(self, base, size, r, lora_alpha, lora_dropout, gate, in_fp32=False):
         super().__init__()
         self.base = base
         self.gate = gate
         self.scaling = lora_alpha / r
         self.lora_dropout = lora_dropout
+        self.in_fp32 = in_fp32
         # fp32 even on a bf16 base: bf16 would round away most of Adam's steps.
         tensor = next(itertools.chain(base.parameters(), base.buffers()))  # the update lies beside its layer
         place = {"dtype": torch.float32, "device": tensor.device}
@@ -64,10 +64,9 @@ class LoRALinear(nn.Module):
         y = self._modules["base"].forward(x)  # (..., out)
         if not self.gate.is_open:
             return y
-        a, b = self.lora_A, self.lora_B
-        if x.numel() > FEW * x.shape[-1]:  # for fewer tokens, 16-bit products take longer on a CPU
-            a, b = a.to(x.dtype), b.to(x.dtype)
-        ax = F.linear(F.dropout(x.to(a.dtype), self.lora_dropout, self.training), a)  # (..., r)
+        dtype = self.lora_A.dtype if self.in_fp32 else x.dtype
+        a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        ax = F.linear(F.dropout(x.to(dtype), self.lora_dropout, self.training), a)  # (..., r)
         return torch.add(y, F.linear(ax, b).to(y.dtype), alpha=self.scaling)  # (..., out)
 
 
@@ -80,11 +79,12 @@ def linear_size(module):
     return None
 
 
-def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None):
+def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None, in_fp32=False):
     """Freeze `model`, put a LoRALinear around each of its target layers, and return their Gate.
 
     targets: layer names such as "q_proj" or "self_attn.q_proj", or "all-linear". [] injects nothing.
     reached: names of the layers that may be targets; by default all. Others would learn nothing.
+    in_fp32: as for LoRALinear.
     Raises ValueError for a target that matches none of these, or that LoRALinear would not serve.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
@@ -109,6 +109,6 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None):
     gate = Gate()
     for name in [name for name in linear if name in chosen]:  # in the model's order, so a seed fixes every A
         parent, _, child = name.rpartition(".")
-        layer = LoRALinear(linear[name], linear_size(linear[name]), r, lora_alpha, lora_dropout, gate)
-        setattr(model.get_submodule(parent), child, layer)
+        layer = linear[name], linear_size(linear[name]), r, lora_alpha, lora_dropout, gate, in_fp32
+        setattr(model.get_submodule(parent), child, LoRALinear(*layer))
     return gate

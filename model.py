@@ -93,7 +93,9 @@ class GuardedChat(nn.Module):
         self.tokenizer.chat_template = chat.fix_date(tokenizer.get_chat_template(), config.date)
         lora = (config.lora_targets, config.lora_r, config.lora_alpha, config.lora_dropout)
         reached = chat.reached_layers(chat_model, tokenizer("Hello").input_ids)
-        self.gate = inject_lora(chat_model, *lora, reached)
+        self.is_full = config.guard_path == "full"
+        # The activated path reads a token or a few, and tiny 16-bit products take longer on a CPU.
+        self.gate = inject_lora(chat_model, *lora, reached, in_fp32=not self.is_full)
         chat_model.save_pretrained = chat.refuse_to_save  # nothing would load our names of its layers
         lm_head = chat_model.get_output_embeddings()
         lm_head.register_forward_pre_hook(chat.make_contiguous)  # saves a copy of its weight
@@ -101,7 +103,6 @@ class GuardedChat(nn.Module):
         outputs = config.unsafe_head + len(config.categories)
         place = {"dtype": torch.float32, "device": lm_head.weight.device}
         self.head = nn.Linear(width, outputs, bias=config.clf_head_bias, **place)
-        self.is_full = config.guard_path == "full"
         question = config.guard_prompt or tokenizer.eos_token or ""
         question = [] if self.is_full else tokenizer(question, add_special_tokens=False).input_ids
         ids = torch.tensor([question], dtype=torch.long, device=chat_model.device)  # (1, M)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lora import FEW, Gate, LoRALinear, inject_lora
+from lora import Gate, LoRALinear, inject_lora
 
 IN, OUT, R, ALPHA = 6, 5, 3, 7.0
 
@@ -95,18 +95,18 @@ def test_adapters_are_fp32_beside_a_bf16_base():
         assert model(x.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_few_tokens_are_updated_in_fp32_and_many_in_the_dtype_of_the_text():
-    """Kills: an update in bf16 for every number of tokens or for none, a limit by one dimension alone."""
+@pytest.mark.parametrize(("in_fp32", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_update_is_computed_in_the_dtype_that_was_chosen(in_fp32, dtype):
+    """Kills: an update in bf16 that should be in fp32, and the reverse."""
     layer = make_layer()
+    layer.in_fp32 = in_fp32
     layer.base = nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16)
     nn.init.zeros_(layer.base.weight)  # so the output is the update alone
-    text = torch.randn(2, FEW, IN, dtype=torch.bfloat16)
-    for part in (text[:1], text[:, : FEW // 2], text[:, : FEW // 2 + 1], text):
-        dtype = torch.float32 if part.shape[:2].numel() <= FEW else torch.bfloat16
-        ax = F.linear(part.to(dtype), layer.lora_A.to(dtype))
-        update = F.linear(ax, layer.lora_B.to(dtype)).to(torch.bfloat16)
-        with layer.gate.opened():
-            assert torch.equal(layer(part), torch.add(torch.zeros_like(update), update, alpha=ALPHA / R))
+    text = x.to(torch.bfloat16)
+    ax = F.linear(text.to(dtype), layer.lora_A.to(dtype))
+    update = F.linear(ax, layer.lora_B.to(dtype)).to(torch.bfloat16)
+    with layer.gate.opened():
+        assert torch.equal(layer(text), torch.add(torch.zeros_like(update), update, alpha=ALPHA / R))
 
 
 def test_dropout_acts_in_training_only_and_on_the_update_only():

@@ -14,12 +14,14 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     Lfm2Config,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
     MixtralConfig,
+    MptConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -64,6 +66,7 @@ def make_tokenizer():
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SHAPE | {"num_key_value_heads": 2, "head_dim": 8}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+NEO = {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]}
 KINDS = {  # a window of 8 tokens where attention slides
     "llama": (LlamaConfig, GROUPED),
     "llama2": (LlamaConfig, SHAPE | {"tie_word_embeddings": False}),
@@ -81,6 +84,8 @@ KINDS = {  # a window of 8 tokens where attention slides
     "olmo2": (Olmo2Config, GROUPED),
     "starcoder2": (Starcoder2Config, SHAPE | {"num_key_value_heads": 2, "sliding_window": 8}),
     "mixtral": (MixtralConfig, GROUPED | {"num_local_experts": 4}),
+    "mpt": (MptConfig, {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT}),
+    "gpt_neo": (GPTNeoConfig, NEO | {"window_size": 8}),
 }
 
 

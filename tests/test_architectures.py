@@ -46,6 +46,8 @@ TARGETS = dict.fromkeys(LIKE_LLAMA, LLAMA) | {  # the linear layers that "all-li
     "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "project_in", "project_out"},
     "starcoder2": {"q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"},
     "mixtral": {"q_proj", "k_proj", "v_proj", "o_proj"},  # its experts are 3-dimensional tensors, not layers
+    "mpt": {"Wqkv", "out_proj", "up_proj", "down_proj"},
+    "gpt_neo": {"q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"},
 }
 TURNS = [("how is the bread?" * 2, "harmful"), ("hi", "safe"), ("the answer is harmful", "or not")]
 ROWS = [{"prompt": prompt, "response": response} for prompt, response in TURNS]

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import CONTEXT, ids_of, make_guard, make_model
+from conftest import KINDS as FAMILIES
 from transformers import DynamicCache, StaticCache
 
 import chat
@@ -144,6 +145,16 @@ def test_score_depends_on_no_padding_neighbour_or_order(kind, path):
     assert torch.allclose(guard.score(rows), alone, atol=1e-5)
     assert torch.allclose(guard.score(rows[::-1], batch_size=2), alone.flip(0), atol=1e-5)
     assert (alone[0] - alone[-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_shared_beginning_changes_no_verdict(kind):
+    """Kills: sharing with a model that counts padding: by a window, local attention or its own positions."""
+    guard = make_guard(kind)
+    rows = [[*range(5, 25), *range(30 + n, 35 + 3 * n)] for n in range(4)]
+    with torch.no_grad():
+        alone = torch.cat([guard([row]) for row in rows])
+        assert torch.allclose(guard(rows), alone, atol=1e-4)
 
 
 def test_what_conversations_have_in_common_is_read_once():

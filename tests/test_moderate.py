@@ -160,7 +160,8 @@ def test_only_judging_uses_the_fast_dtype(files, tmp_path, monkeypatch, capsys):
     """Kills: a file or a pair judged in a slow dtype, an answer in another dtype than the chat model's."""
     config = Path(files[0])
     config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    times = {"bfloat16": 2.0, "float32": 1.0}
+    monkeypatch.setattr("checkpoint.product_milliseconds", lambda _, kind: times[kind])
     dtypes, guard_logits, load_guard = [], GuardedChat.guard_logits, moderate.load_guard
 
     def spy(guard, hidden):
