@@ -42,7 +42,7 @@ class LoRALinear(nn.Module):
 
     base: any module that maps (..., in) to (..., out), so quantised layers work unchanged.
     size: (in, out). lora_dropout: share of the entries of x that A does not see in training.
-    in_fp32: compute the update in the dtype of A and B, and not in that of x.
+    in_fp32: compute the update in fp32, which for a few tokens is faster on a CPU, and not in x's dtype.
     """
 
     def __init__(self, base, size, r, lora_alpha, lora_dropout, gate, in_fp32=False):
@@ -84,7 +84,6 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None, i
 
     targets: layer names such as "q_proj" or "self_attn.q_proj", or "all-linear". [] injects nothing.
     reached: names of the layers that may be targets; by default all. Others would learn nothing.
-    in_fp32: as for LoRALinear.
     Raises ValueError for a target that matches none of these, or that LoRALinear would not serve.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):

@@ -94,7 +94,6 @@ class GuardedChat(nn.Module):
         lora = (config.lora_targets, config.lora_r, config.lora_alpha, config.lora_dropout)
         reached = chat.reached_layers(chat_model, tokenizer("Hello").input_ids)
         self.is_full = config.guard_path == "full"
-        # The activated path reads a token or a few, and tiny 16-bit products take longer on a CPU.
         self.gate = inject_lora(chat_model, *lora, reached, in_fp32=not self.is_full)
         chat_model.save_pretrained = chat.refuse_to_save  # nothing would load our names of its layers
         lm_head = chat_model.get_output_embeddings()

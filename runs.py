@@ -104,7 +104,7 @@ def save_epoch(accelerator, output, guard, calibration, points, row, state, conf
         return
     saved = replace(guard.config, clf_head_bias=True)
     header = adapter_header(config["base_fingerprint"], saved)
-    tensors = calibrated(guard, getattr(torch, config["dtype"]), *calibration)
+    tensors = calibrated(guard, *calibration)
     save_adapter(output / f"checkpoints/epoch_{len(state['metrics'])}.safetensors", tensors, header)
     if best_epoch(state) is state["metrics"][-1]:
         save_adapter(output / "adapter.safetensors", tensors, header)
@@ -117,16 +117,13 @@ def save_epoch(accelerator, output, guard, calibration, points, row, state, conf
         write_whole(output / name, text.getvalue().encode())
 
 
-def calibrated(guard, dtype, shift, temperature):
-    """What is saved: LoRA in `dtype`, to which load_guard casts it, and a head whose logits are calibrated.
-
-    V' = V / T, b' = (b - shift) / T.
-    """
+def calibrated(guard, shift, temperature):
+    """What is saved: LoRA, and a head whose logits are calibrated: V' = V / T, b' = (b - shift) / T."""
     weight, bias = guard.head.weight.detach(), guard.head.bias
     shift, temperature = (torch.tensor(values[-len(weight) :]).to(weight) for values in (shift, temperature))
     bias = (0 if bias is None else bias.detach()) - shift
     head = {"guard_head.weight": weight / temperature[:, None], "guard_head.bias": bias / temperature}
-    return {name: p.to(dtype) for name, p in guard.adapter().items() if "lora_" in name} | head
+    return {name: p for name, p in guard.adapter().items() if "lora_" in name} | head
 
 
 def epoch_updates(lengths, rows_per_update, generator):

@@ -218,7 +218,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(model_folder, rows,
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_computes_in_the_fast_dtype(dtype, model_folder, rows, tmp_path, monkeypatch):
     """Kills: the slower dtype, a config that gives the dtype of the computation as the model's, an adapter
-    that takes more bytes than what is used of it, a head that is rounded."""
+    or a head that is rounded, so its thresholds would belong to other weights."""
     make_model().to(torch.bfloat16).save_pretrained(model_folder)
     monkeypatch.setattr(checkpoint, "product_milliseconds", lambda _, kind: 1 if kind == dtype else 2)
     dtypes = []
@@ -234,8 +234,7 @@ def test_training_computes_in_the_fast_dtype(dtype, model_folder, rows, tmp_path
     # The first pass, before the dtype is chosen, only tries whether the model can be guarded.
     assert set(dtypes[1:]) == {f"torch.{dtype}"} and config["arguments"]["compute_dtype"] == dtype
     assert config["dtype"] == "bfloat16" and f"computing in {dtype}: a product" in config["computing"]
-    saved = {(name.split(".")[0], tensor.dtype) for name, tensor in tensors(tmp_path / "run").items()}
-    assert saved == {("base_model", torch.bfloat16), ("guard_head", torch.float32)}
+    assert {tensor.dtype for tensor in tensors(tmp_path / "run").values()} == {torch.float32}
 
 
 def test_without_lora_only_the_head_learns(model_folder, rows, tmp_path, monkeypatch):
