@@ -163,10 +163,11 @@ def shared_tokens(chat_model, conversations):
     local attention (GPT-Neo's attention_types) or positions that they count themselves.
     """
     config = chat_model.config.get_text_config(decoder=True)
+    if len(conversations) == 1 or hasattr(config, "attention_types"):
+        return 0
+    takes_positions = "position_ids" in inspect.signature(chat_model.base_model.forward).parameters
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    plain = plain and not hasattr(config, "attention_types")
-    plain = plain and "position_ids" in inspect.signature(chat_model.base_model.forward).parameters
-    return shared_length([ids[:-1] for ids in conversations]) if plain and len(conversations) > 1 else 0
+    return shared_length([ids[:-1] for ids in conversations]) if plain and takes_positions else 0
 
 
 @torch.no_grad()

@@ -106,8 +106,9 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None, i
         raise ValueError(f"{hooked[0]} has hooks, which LoRALinear does not call; remove them first")
     model.requires_grad_(False)  # freeze first, inject second: what requires a gradient is trained
     gate = Gate()
+    settings = r, lora_alpha, lora_dropout, gate, in_fp32
     for name in [name for name in linear if name in chosen]:  # in the model's order, so a seed fixes every A
         parent, _, child = name.rpartition(".")
-        layer = linear[name], linear_size(linear[name]), r, lora_alpha, lora_dropout, gate, in_fp32
-        setattr(model.get_submodule(parent), child, LoRALinear(*layer))
+        layer = LoRALinear(linear[name], linear_size(linear[name]), *settings)
+        setattr(model.get_submodule(parent), child, layer)
     return gate

@@ -7,7 +7,7 @@ import numpy as np
 
 BINS = np.linspace(0, 1, 11)  # of probabilities, for the calibration error
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # false positive rates that a guard keeps thresholds for
-RATE = 0.05  # the one whose thresholds are the default
+DEFAULT_RATE = 0.05  # a guard flags from the thresholds of this rate
 
 
 def curve(labels, scores):

@@ -123,7 +123,7 @@ def calibrated(guard, shift, temperature):
     shift, temperature = (torch.tensor(values[-len(weight) :]).to(weight) for values in (shift, temperature))
     bias = (0 if bias is None else bias.detach()) - shift
     head = {"guard_head.weight": weight / temperature[:, None], "guard_head.bias": bias / temperature}
-    return {name: p for name, p in guard.adapter().items() if "lora_" in name} | head
+    return guard.adapter() | head
 
 
 def epoch_updates(lengths, rows_per_update, generator):

@@ -23,7 +23,7 @@ from chat import checkpoint_gradients
 from checkpoint import EMBEDDED, build_guard, fingerprint, load_chat_model, start_accelerator, use_fast_dtype
 from common import DTYPES, refuse, run
 from data import BEAVERTAILS, SPLITS, encode_row, labels, load_splits
-from metrics import RATE, calibrate, metrics, operating_points, unsafe_score
+from metrics import DEFAULT_RATE, calibrate, metrics, operating_points, unsafe_score
 from model import GuardConfig
 from runs import best_epoch, cut_answers, epoch_updates, open_run, read_config, save_epoch, save_state
 
@@ -223,7 +223,7 @@ def measure(accelerator, guard, splits, pos_weight, args):
     scores = {name: unsafe_score(z, calibration, guard.config.unsafe_head) for name, z in logits.items()}
     given = (targets["validation"][:, 0], scores["validation"], answered["validation"])
     points = operating_points(*given)
-    prompt_threshold, threshold = points["prompt"][str(RATE)][0], points["answer"][str(RATE)][0]
+    prompt_threshold, threshold = (points[kind][str(DEFAULT_RATE)][0] for kind in ("prompt", "answer"))
     guard.config.prompt_threshold, guard.config.threshold = prompt_threshold, threshold
     row = {"threshold": threshold, "prompt_threshold": prompt_threshold}
     for name, target in targets.items():
