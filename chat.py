@@ -16,7 +16,7 @@ from datetime import datetime
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
 from common import UserError, explain, refuse
@@ -24,6 +24,7 @@ from lora import linear_size
 
 TOKENIZER_LOCK = threading.Lock()
 WINDOW = 192  # tokens, as long as most training rows: in longer windows a harmful passage goes unnoticed
+WORTH_SHARING = 128  # tokens that need not be read, from which a pass over a shared beginning pays
 
 
 def encode(tokenizer, messages):
@@ -157,17 +158,18 @@ def shared_length(conversations):
 
 
 def shared_tokens(chat_model, conversations):
-    """How many tokens at the start of B conversations the model can read once. Each keeps a token to read.
+    """How many tokens at the start of B conversations to read once: 0 if a pass of its own would cost more.
 
-    0 for models that would count the padding, which then stands inside a row: those with sliding windows,
-    local attention (GPT-Neo's attention_types) or positions that they count themselves.
+    0 too for models that count padding, which then stands inside a row: by sliding windows, local attention
+    (GPT-Neo's attention_types) or positions of their own. Each row keeps a token to read.
     """
-    config = chat_model.config.get_text_config(decoder=True)
-    if len(conversations) == 1 or hasattr(config, "attention_types"):
+    shared = shared_length([ids[:-1] for ids in conversations])
+    if shared * (len(conversations) - 1) < WORTH_SHARING:
         return 0
     takes_positions = "position_ids" in inspect.signature(chat_model.base_model.forward).parameters
-    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    return shared_length([ids[:-1] for ids in conversations]) if plain and takes_positions else 0
+    layers = DynamicCache(config=chat_model.config.get_text_config(decoder=True)).layers
+    plain = all(type(x) is DynamicLayer for x in layers) and not hasattr(chat_model.config, "attention_types")
+    return shared if plain and takes_positions else 0
 
 
 @torch.no_grad()
@@ -191,9 +193,9 @@ def fork(cache):
     Cropping the guard's tokens off again would not do: a sliding-window layer drops old tokens.
     Raises UserError for other kinds of cache.
     """
-    kinds = {type(layer).__name__ for layer in cache.layers} if cache is not None else {"missing cache"}
-    odd = kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}
-    refuse(odd, f"the activated path cannot use a {', '.join(odd)}; train with --guard-path full")
+    kinds = {type(part) for part in (cache.layers if type(cache) is DynamicCache else [cache])}
+    odd = ", ".join(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+    refuse(odd, f"the activated path cannot use this model's cache ({odd}); train with --guard-path full")
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
     return forked
@@ -207,9 +209,7 @@ def context_length(config):
     """
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
-    limits = [
-        part["original_max_position_embeddings"] for part in parts if part.get("rope_type") == "longrope"
-    ]
+    limits = [p["original_max_position_embeddings"] for p in parts if p.get("rope_type") == "longrope"]
     return min(getattr(config, "max_position_embeddings", None) or sys.maxsize, *limits, sys.maxsize)
 
 

@@ -19,6 +19,7 @@ from transformers import (
     Lfm2Config,
     LlamaConfig,
     MambaConfig,
+    MiniMaxConfig,
     MistralConfig,
     MixtralConfig,
     MptConfig,
@@ -114,15 +115,19 @@ def make_guard(kind="llama", trained=True, **settings):
 REFUSED = {  # {kind: (config, {guard path: what the refusal says, or None})}
     "hybrid of convolution and attention": (
         Lfm2Config(vocab_size=320, layer_types=["conv", "full_attention"], **GROUPED),
-        {"activated": "LinearAttentionLayer; train with --guard-path full", "full": None},
+        {"activated": r"\(LinearAttentionLayer\); train with --guard-path full", "full": None},
+    ),
+    "states beside the cache's layers": (
+        MiniMaxConfig(vocab_size=320, num_local_experts=2, **GROUPED),
+        {"activated": r"\(MiniMaxCache\); train with --guard-path full", "full": None},
     ),
     "state space": (
         MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        {"activated": "missing cache; train with --guard-path full", "full": None},
+        {"activated": r"\(NoneType\); train with --guard-path full", "full": None},
     ),
     "recurrent": (
         RwkvConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        {"activated": "missing cache; train with --guard-path full", "full": None},
+        {"activated": r"\(NoneType\); train with --guard-path full", "full": None},
     ),
 }
 

@@ -13,6 +13,7 @@ import bench
 from bench import (
     BATCH,
     PRODUCTS,
+    SCORED,
     VERDICT_EVERY,
     load,
     measure_answers,
@@ -73,13 +74,21 @@ def test_progress_goes_to_standard_error(capsys):
 
 
 def test_the_limit_is_the_fastest_product_of_the_same_round(model_folder, monkeypatch):
-    """Kills: the slowest product, one limit for all rounds, a mean, rows counted more than once."""
+    """Kills: the slowest product, one limit for all rounds, a mean, rows counted more than once,
+    operations of batches other than those that are timed."""
     found = {size: [2 * size**3 / speed for speed in (1, 2, 4)] for size in PRODUCTS}
     found[PRODUCTS[1]] = [seconds / 10 for seconds in found[PRODUCTS[1]]]
     found |= {"ours": [1, 4, 0.25], "peer": [2, 2, 2], "score": [2, 2, 2], "peer score": [4, 9, 6]}
     replace_turns(monkeypatch, found, calls=0)
-    monkeypatch.setattr(bench, "operations", lambda guard, lengths, training: 20 if training else 40)
+    counted = {}
+
+    def count(guard, batches, training):
+        counted[training] = [len(batch) for batch in batches]
+        return 20 if training else 40
+
+    monkeypatch.setattr(bench, "operations", count)
     fields = measure_rows(model_folder, make_guard(), [[5] * 10] * 64, torch.zeros(64, 3), 3)
+    assert counted == {True: [BATCH] * 4, False: [SCORED] * 2}
     assert fields == pytest.approx(
         {
             "limit_gflops": 20e-9,
@@ -186,11 +195,11 @@ def test_operations_are_those_that_torch_counts(length):
 
 def test_operations_count_a_shared_beginning_once():
     """Kills: a shared part that counts for each row, or for none."""
-    guard, rows = make_guard(), [[5] * 20 + [n] * 4 for n in (6, 7, 8)]
+    guard, rows = make_guard(), [[5] * 80 + [n] * 4 for n in (6, 7, 8)]
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         guard(rows)
     question = guard.guard_prompt_ids.shape[1]
-    attention = 2 * 64 * (3 * 24**2 - 2 * 20**2) + 3 * 4 * 64 * question * (24 + question / 2)
+    attention = 2 * 64 * (3 * 84**2 - 2 * 80**2) + 3 * 4 * 64 * question * (84 + question / 2)
     ours = operations(guard, [rows], training=False) - attention
     assert ours == counted.get_total_flops() - 3 * 2 * 32 * 3
 

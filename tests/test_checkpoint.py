@@ -103,7 +103,7 @@ def test_threshold_argument_replaces_both(saved):
 @pytest.mark.parametrize(("guard_path", "dtype"), [("activated", torch.float32), ("full", torch.bfloat16)])
 def test_lora_of_a_loaded_guard_is_in_the_dtype_it_computes_in(tmp_path, model_folder, guard_path, dtype):
     """Kills: 16-bit products in a verdict of one token, a full guard that casts in every pass, a cast that
-    rounds twice, a head or a buffer that is cast too."""
+    rounds twice, a head that is cast too."""
     config, adapter = save(make_guard(guard_path=guard_path), tmp_path, model_folder)
     edit(config, "dtype", "bfloat16")
     loaded = load_guard(config, adapter)

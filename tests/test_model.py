@@ -151,22 +151,27 @@ def test_score_depends_on_no_padding_neighbour_or_order(kind, path):
 def test_a_shared_beginning_changes_no_verdict(kind):
     """Kills: sharing with a model that counts padding: by a window, local attention or its own positions."""
     guard = make_guard(kind)
-    rows = [[*range(5, 25), *range(30 + n, 35 + 3 * n)] for n in range(4)]
+    rows = [[*range(5, 55), *range(60 + n, 65 + 3 * n)] for n in range(4)]
     with torch.no_grad():
         alone = torch.cat([guard([row]) for row in rows])
         assert torch.allclose(guard(rows), alone, atol=1e-4)
 
 
-def test_what_conversations_have_in_common_is_read_once():
-    """Kills: a system prompt that is read for each row, a row of which all is shared, so nothing is left."""
+@pytest.mark.parametrize(("shared", "rows", "passes"), [(64, 3, 2), (63, 3, 1), (128, 2, 2), (200, 1, 1)])
+def test_what_conversations_have_in_common_is_read_once(shared, rows, passes):
+    """Kills: a system prompt that is read for each row, one that is read apart where that takes longer, a row
+    of which all is shared, so nothing is left."""
     guard, read = make_guard(), []
-    rows = [[5, 6, 7, 8, 9, 4], [5, 6, 7], [5, 6, 7, 3]]
+    beginning = [5 + n % 7 for n in range(shared)]
+    rows = [[*beginning, 20], [*beginning, 20, 30, 31], [*beginning, 20, 40]][:rows]
     alone = torch.cat([guard.score([row]) for row in rows])
     guard.chat_model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     assert torch.allclose(guard.score(rows), alone, atol=1e-5)
-    assert read == [(1, 2), (3, 4), (3, guard.guard_prompt_ids.shape[1])]
+    longest = max(map(len, rows))
+    chat = [(1, shared), (len(rows), longest - shared)] if passes == 2 else [(len(rows), longest)]
+    assert read == [*chat, (len(rows), guard.guard_prompt_ids.shape[1])]
 
 
 def test_cache_that_cannot_be_forked_is_refused():
@@ -175,7 +180,7 @@ def test_cache_that_cannot_be_forked_is_refused():
     cache = StaticCache(config=guard.chat_model.config, max_cache_len=64)
     with torch.no_grad():
         guard.chat_model(torch.tensor([[4, 5, 6]]), past_key_values=cache)
-    with pytest.raises(ValueError, match=r"StaticLayer.*--guard-path full"):
+    with pytest.raises(ValueError, match=r"StaticCache.*--guard-path full"):
         guard.judge(cache)
 
 

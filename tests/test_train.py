@@ -447,14 +447,16 @@ def test_prompts_alone_are_learnt_and_get_their_threshold(model_folder, tmp_path
 
 def test_a_run_keeps_thresholds_for_several_rates(model_folder, tmp_path, monkeypatch):
     """Kills: points of another epoch or split, --max-fpr that is not heard, a rate above the one named."""
-    rows = [row | {"response": "safe " * (n % 5)} for n, row in enumerate(make_rows(400))]
-    prompts = [{"prompt": f"{n} {n % 3}", "is_safe": n % 2 == 0} for n in range(400)]
-    file, output = write(tmp_path / "rows.jsonl", rows + prompts), tmp_path / "run"
+    safe = [n % 2 != (n % 11 == 0) for n in range(800)]  # so a few look like the other kind
+    texts = [f"{n} {('harmful', 'bread')[n % 2]}" for n in range(800)]
+    prompts = [{"prompt": text, "is_safe": is_safe} for text, is_safe in zip(texts, safe, strict=True)]
+    pairs = [{**row, "prompt": row["prompt"] + "?", "response": row["prompt"]} for row in prompts]
+    file, output = write(tmp_path / "rows.jsonl", prompts + pairs), tmp_path / "run"
     run(monkeypatch, model_folder, output, "--dataset", file, "--epochs=2")
     config = read_config(output)
     points, defaults = config["operating_points"], config["guard"]
-    assert defaults["prompt_threshold"] == points["prompt"]["0.02"][0]
-    assert defaults["threshold"] == points["answer"]["0.05"][0] <= points["answer"]["0.005"][0]
+    for name, kind in (("threshold", "answer"), ("prompt_threshold", "prompt")):
+        assert points[kind]["0.02"][0] > defaults[name] == points[kind]["0.05"][0] > points[kind]["0.1"][0]
     for asked, taken in ((0.01, "0.01"), (0.049, "0.02"), (0.5, "0.1")):
         guard = load_guard(output / "config.json", device_id=-1, max_fpr=asked)
         assert guard.config.threshold == points["answer"][taken][0]
