@@ -101,10 +101,8 @@ def load(model, use, **settings):
     guard = build_guard(*load_chat_model(model), {"categories": names, **settings}, "cpu")
     if use != "chat":
         use_fast_dtype(guard)
-    for name, parameter in guard.adapter().items():
+    for parameter in guard.adapter().values():
         torch.nn.init.normal_(parameter, std=0.02)  # with B at zero, peft would agree whatever the scale is
-        if guard.is_full and "lora_" in name:  # as load_guard does
-            parameter.data = parameter.data.to(guard.chat_model.dtype)
     return guard
 
 

@@ -210,7 +210,8 @@ def context_length(config):
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
     limits = [p["original_max_position_embeddings"] for p in parts if p.get("rope_type") == "longrope"]
-    return min(getattr(config, "max_position_embeddings", None) or sys.maxsize, *limits, sys.maxsize)
+    limits += [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # MPT's
+    return min(filter(None, limits), default=sys.maxsize)
 
 
 def split_windows(ids, context):

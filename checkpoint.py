@@ -196,6 +196,7 @@ def load_guard(
     `accelerate launch`; -1 is the CPU. threshold replaces both of the config; max_fpr takes those of at most
     this false positive rate on validation. base_model: where the chat model is now.
     """
+    refuse(None not in (threshold, max_fpr), "give either a threshold or a highest false positive rate")
     config_path = Path(config_path or SHIPPED)
     adapter_path = adapter_path or config_path.with_name("adapter.safetensors")
     device = find_device(device_id)
@@ -222,8 +223,6 @@ def load_guard(
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
-            if guard.is_full and "lora_" in name:  # many tokens: cast once and not in every pass
-                parameter.data = parameter.data.to(chat_model.dtype)
     return guard
 
 

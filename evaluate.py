@@ -36,9 +36,10 @@ def main():
     print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
     verdicts = guard.classify(rows)
     scores = np.array([[v.unsafe, *v.categories.values()] for v in verdicts])  # (N, 1 + K)
-    scores = np.nan_to_num(scores, nan=1.0)  # NaN is flagged
     unsafe = np.array([not row["is_safe"] for row in rows])
     flag_from = np.where([v.tokens for v in verdicts], guard.config.threshold, guard.config.prompt_threshold)
+    flag_from[np.isnan(scores[:, 0])] = 1  # NaN is flagged
+    scores = np.nan_to_num(scores, nan=1.0)
     result = measure(guard.config, rows, sources, flag_from, unsafe, scores)
     if args.running:
         pairs = [(row, label) for row, label, v in zip(rows, unsafe, verdicts, strict=True) if v.tokens]
@@ -119,7 +120,7 @@ def running_metrics(labels, answers, threshold):
     """What running verdicts add to the one on the whole answer. labels: (N,); answers: of running_scores."""
     first, cut = [], []  # flagged: (by half of its tokens, token of the first flag); other safe ones: cut
     for label, answer in zip(labels, answers, strict=True):
-        flags = [tokens for tokens, score in answer if score >= threshold]
+        flags = [tokens for tokens, score in answer if not score < threshold]  # NaN is one
         if answer[-1][0] in flags:
             first.append((flags[0] <= answer[-1][0] / 2, flags[0]))
         elif not label:
@@ -165,7 +166,7 @@ def table(result):
         lines.append(f"{'file':40}" + "".join(f"{name.split('_percent')[0]:>10}" for name in columns))
     for name, found in result["sources"].items():
         cells = (f"{'-' if found[column] is None else round(found[column], 3):>10}" for column in columns)
-        lines.append(f"{Path(name).name[-40:]:40}{''.join(cells)}")
+        lines.append(f"{name[-40:]:40}{''.join(cells)}")
     if unknown := result["unknown_categories"]:
         lines.append(f"categories that the guard does not know: {', '.join(unknown)}")
     return "\n".join(one_line(line) for line in lines)

@@ -158,9 +158,9 @@ def chat_on_terminal(guard, **options):
 
 
 def piped():
-    """The lines on standard input, if that is a pipe or a file."""
+    """The lines on standard input, if that is a pipe, a file or a socket."""
     mode = os.fstat(sys.stdin.fileno()).st_mode if sys.stdin else 0
-    if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+    if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode):
         # UTF-16 without a mark looks like text with NUL characters. Half of a surrogate pair is refused.
         lines = (line.strip().replace("\0", "\udc00") for line in text_lines(sys.stdin.buffer))
         with explain("standard input is not text in the encoding of its byte-order mark", UnicodeError):
@@ -174,7 +174,7 @@ def main():
     guard = load_guard(*chosen)
     given = args.response is not None
     if args.input or given or args.dtype:  # without --dtype, an answer is written in the stored one
-        use_fast_dtype(guard, args.dtype)
+        print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
     if args.input:
         return score_file(guard, args.input, args.output, args.strict)
     refuse(several, "several processes can share the rows of --input only")

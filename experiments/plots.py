@@ -1,7 +1,5 @@
 """Pictures of what the commands measured. matplotlib is imported only here."""
 
-from pathlib import Path
-
 import numpy as np
 
 from common import explain
@@ -17,7 +15,7 @@ def plot_evaluation(path, labels, scores, sources):
     names = [name for name in dict.fromkeys(sources) if labels[sources == name].any()]
     for name in names:
         _, positives, flagged = curve(labels[sources == name], scores[sources == name])
-        precision.plot(positives / positives[-1], positives / flagged, label=Path(name).stem[-24:])
+        precision.plot(positives / positives[-1], positives / flagged, label=name[-32:])
     if len(names) > 1:
         precision.legend(fontsize="xx-small")
     precision.axhline(labels.mean(), linestyle=":", color="grey")

@@ -93,7 +93,7 @@ KINDS = {  # a window of 8 tokens where attention slides
 def make_model(kind="llama", seed=0):
     """A random model with two layers. `kind` is a key of KINDS; "gpt2" has Conv1D layers."""
     config, shape = KINDS[kind]
-    if kind != "gpt2":
+    if kind not in ("gpt2", "mpt"):
         shape = shape | {"max_position_embeddings": CONTEXT}
     config = config(vocab_size=320, pad_token_id=2, eos_token_id=2, bos_token_id=1, **shape)
     torch.manual_seed(seed)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import (
+    CONTEXT,
     GROUPED,
     KINDS,
     REFUSED,
@@ -20,6 +21,7 @@ from conftest import (
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, TorchAoConfig
 
+from chat import context_length
 from checkpoint import (
     adapter_header,
     build_guard,
@@ -141,6 +143,12 @@ def test_8_bit_base_is_guarded_by_adapters_in_fp32(path, tmp_path):
     use_fast_dtype(guard)
     [*_, (answer, _)] = guard.stream(rows[0], max_new_tokens=8)
     assert len(answer) == 8 and not guard.gate.is_open
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_context_of_every_family_is_known(kind):
+    """Kills: a length that stands under another name, so a longer text is not cut into windows."""
+    assert context_length(make_model(kind).config) == CONTEXT
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -180,8 +180,8 @@ def test_a_rate_of_1_percent_needs_100_safe_rows(result):
 def test_a_nan_score_counts_as_flagged(result, tmp_path, monkeypatch):
     """Kills: a broken guard that is measured as if it let everything pass, NaN in the scored rows."""
     monkeypatch.setattr(result.guard, "score", lambda texts: torch.full((len(texts), 3), torch.nan))
-    found = result(ROWS, "--json", "--threshold=0.9", "--scores", tmp_path / "scores.jsonl")
-    assert found["recall"] == found["fpr"] == 1
+    found = result(ROWS, "--json", "--threshold=2", "--running=1", "--scores", tmp_path / "scores.jsonl")
+    assert found["recall"] == found["fpr"] == 1 and found["running"]["flagged"] == 3
     for row in lines_of(tmp_path / "scores.jsonl"):
         assert row["flagged"] and row["unsafe_probability"] is row["categories"]["hate"] is None
 
@@ -208,12 +208,13 @@ def test_a_hub_id_is_measured_on_its_test_split(result, tmp_path, monkeypatch):
 
 
 def test_every_file_has_figures_of_its_own(result, tmp_path):
-    """Kills: a file measured on another's rows, a threshold of another row, a file left out."""
+    """Kills: a file measured on another's rows, a threshold of another row, a file left out, files of equal
+    names that cannot be told apart."""
     rows = [{"prompt": f"the bread {number}", "is_safe": number > 9} for number in range(30)]
-    names = [
-        write(tmp_path / f"{name}.jsonl", part)
-        for name, part in (("a", rows[:20]), ("b", ROWS), ("c", rows[20:]))
-    ]
+    names = []
+    for folder, part in (("a", rows[:20]), ("b", ROWS), ("c", rows[20:])):
+        (tmp_path / folder).mkdir()
+        names.append(write(tmp_path / folder / "test.jsonl", part))
     found = result(names[0], "--json", "--dataset", *names)
     assert list(found["sources"]) == names
     for name in names:
@@ -223,13 +224,13 @@ def test_every_file_has_figures_of_its_own(result, tmp_path):
         )
     table = result(names[0], "--dataset", *names).splitlines()
     [header] = [line for line in table if line.startswith("file")]
-    [first] = [line for line in table if line.startswith("a.jsonl")]
+    [first] = [line for line in table if "/a/test.jsonl" in line]
     assert header.index("rows") + 4 == first.index("20") + 2  # each column stands below its name
-    lines = [line.split() for line in table]
-    assert [line[:3] for line in lines if line and line[0][-6:] == ".jsonl"] == [
-        ["a.jsonl", "20", "10"],
-        ["b.jsonl", "4", "2"],
-        ["c.jsonl", "10", "0"],
+    lines = [line.split("/")[-2:] for line in table if "/test.jsonl" in line]
+    assert [[folder, *line.split()[:3]] for folder, line in lines] == [
+        ["a", "test.jsonl", "20", "10"],
+        ["b", "test.jsonl", "4", "2"],
+        ["c", "test.jsonl", "10", "0"],
     ]
 
 
@@ -270,7 +271,7 @@ def test_the_plot_has_a_curve_for_each_file_with_unsafe_rows(monkeypatch):
     labels, scores = np.array([1, 0, 0, 1, 0]), np.array([0.9, 0.2, 0.3, 0.1, 0.5])
     plots.plot_evaluation("plot.png", labels, scores, files)
     curves = {line.get_label(): line.get_ydata().tolist() for line in figures[0].axes[0].lines[:-1]}
-    assert curves == {"a": [1, 0.5], "b": [0, 0.5]}
+    assert curves == {"a.csv": [1, 0.5], "b.csv": [0, 0.5]}
 
 
 def test_running_verdicts_are_on_rows_with_an_answer(result):

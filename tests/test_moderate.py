@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tracemalloc
@@ -685,6 +686,18 @@ def test_a_reader_that_leaves_is_no_error(files):
     errors = process.stderr.read()
     assert process.wait(120) == 1
     assert "Traceback" not in errors and "BrokenPipe" not in errors
+
+
+def test_a_socket_is_read_like_a_pipe(files, monkeypatch, capsys):
+    """Kills: prompts of a program that talks through a socket, and the examples in their place."""
+    answers(monkeypatch, "the answer")
+    ours, theirs = socket.socketpair()
+    with ours, theirs, theirs.makefile() as lines:
+        ours.sendall(b"hi\n")
+        ours.shutdown(socket.SHUT_WR)
+        monkeypatch.setattr(sys, "stdin", lines)
+        [line] = run(monkeypatch, capsys, *files, "--threshold=2", "--json").splitlines()
+    assert json.loads(line)["prompt"] == "hi"
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-"])
