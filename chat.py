@@ -24,7 +24,7 @@ from lora import linear_size
 
 TOKENIZER_LOCK = threading.Lock()
 WINDOW = 192  # tokens, as long as most training rows: in longer windows a harmful passage goes unnoticed
-WORTH_SHARING = 128  # tokens that need not be read, from which a pass over a shared beginning pays
+WORTH_SHARING = 128  # the smallest saving, in tokens, that pays for the extra pass
 
 
 def encode(tokenizer, messages):
@@ -160,8 +160,8 @@ def shared_length(conversations):
 def shared_tokens(chat_model, conversations):
     """How many tokens at the start of B conversations to read once: 0 if a pass of its own would cost more.
 
-    0 too for models that count padding, which then stands inside a row: by sliding windows, local attention
-    (GPT-Neo's attention_types) or positions of their own. Each row keeps a token to read.
+    Also 0 if padding inside a row would change what the model computes: with sliding windows, local attention
+    (GPT-Neo's attention_types) or positions that it counts itself. Each row keeps a token to read.
     """
     shared = shared_length([ids[:-1] for ids in conversations])
     if shared * (len(conversations) - 1) < WORTH_SHARING:
