@@ -158,18 +158,18 @@ def shared_length(conversations):
 
 
 def shared_tokens(chat_model, conversations):
-    """How many tokens at the start of B conversations to read once: 0 if a pass of its own would cost more.
+    """How many tokens at the start of B conversations to read once. Each keeps a token to read.
 
-    Also 0 if padding inside a row would change what the model computes: with sliding windows, local attention
-    (GPT-Neo's attention_types) or positions that it counts itself. Each row keeps a token to read.
+    0 if a pass of its own would cost more, or if padding inside a row would change what the model computes:
+    with sliding windows, local attention (GPT-Neo's attention_types) or positions that it counts itself.
     """
     shared = shared_length([ids[:-1] for ids in conversations])
     if shared * (len(conversations) - 1) < WORTH_SHARING:
         return 0
     takes_positions = "position_ids" in inspect.signature(chat_model.base_model.forward).parameters
-    layers = DynamicCache(config=chat_model.config.get_text_config(decoder=True)).layers
-    plain = all(type(x) is DynamicLayer for x in layers) and not hasattr(chat_model.config, "attention_types")
-    return shared if plain and takes_positions else 0
+    config = chat_model.config.get_text_config(decoder=True)
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    return shared if plain and takes_positions and not hasattr(config, "attention_types") else 0
 
 
 @torch.no_grad()
@@ -194,8 +194,9 @@ def fork(cache):
     Raises UserError for other kinds of cache.
     """
     kinds = {type(part) for part in (cache.layers if type(cache) is DynamicCache else [cache])}
-    odd = ", ".join(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
-    refuse(odd, f"the activated path cannot use this model's cache ({odd}); train with --guard-path full")
+    kinds -= {DynamicLayer, DynamicSlidingWindowLayer}
+    odd = "it has none" if cache is None else ", ".join(kind.__name__ for kind in kinds)
+    refuse(kinds, f"the activated path cannot use this model's cache ({odd}); train with --guard-path full")
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
     return forked
@@ -250,9 +251,7 @@ def checkpoint_gradients(chat_model, gate):
 
 
 def refuse_to_save(*_, **__):
-    raise UserError(
-        "this chat model has a guard inside; the guard saves its adapter, and the model stays as it was"
-    )
+    raise UserError("this model has a guard inside; the guard saves its adapter, the model stays as it was")
 
 
 def make_contiguous(_, inputs):

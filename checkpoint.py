@@ -196,7 +196,7 @@ def load_guard(
     `accelerate launch`; -1 is the CPU. threshold replaces both of the config; max_fpr takes those of at most
     this false positive rate on validation. base_model: where the chat model is now.
     """
-    refuse(None not in (threshold, max_fpr), "give either a threshold or a highest false positive rate")
+    refuse(None not in (threshold, max_fpr), "give either threshold or max_fpr")
     config_path = Path(config_path or SHIPPED)
     adapter_path = adapter_path or config_path.with_name("adapter.safetensors")
     device = find_device(device_id)

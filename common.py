@@ -194,16 +194,11 @@ def add_guard_arguments(parser):
     add("config", nargs="?", type=Path, help="default: the guard in guard/")
     add("adapter", nargs="?", type=Path, help="default: adapter.safetensors beside the config")
     add("--device-id", type=int, help="number of the GPU, -1 for the CPU; default: GPU 0 if there is one")
-    add(
-        "--threshold",
-        type=float,
-        help="flag prompts and answers at or above this probability; above 1: never",
-    )
-    add(
-        "--max-fpr",
-        type=float,
-        help="take the thresholds with at most this false positive rate on validation",
-    )
+    either = parser.add_mutually_exclusive_group().add_argument
+    flag = "flag prompts and answers at or above this probability; above 1: never"
+    either("--threshold", type=float, help=flag)
+    rate = "take the thresholds with at most this false positive rate on validation"
+    either("--max-fpr", type=float, help=rate)
     add("--base-model", help="where the chat model is, if it is not where the config says")
     add(
         "--dtype",

@@ -163,10 +163,11 @@ def table(result):
     if result["sources"]:
         columns = ("rows", "positives", "auprc", "auroc", "f1", "fpr", "recall")
         columns += tuple(name for name in result if name.startswith("tpr_at_"))
-        lines.append(f"{'file':40}" + "".join(f"{name.split('_percent')[0]:>10}" for name in columns))
+        width = max(map(len, result["sources"]))
+        lines.append(f"{'file':{width}}" + "".join(f"{name.split('_percent')[0]:>10}" for name in columns))
     for name, found in result["sources"].items():
         cells = (f"{'-' if found[column] is None else round(found[column], 3):>10}" for column in columns)
-        lines.append(f"{name[-40:]:40}{''.join(cells)}")
+        lines.append(f"{name:{width}}{''.join(cells)}")
     if unknown := result["unknown_categories"]:
         lines.append(f"categories that the guard does not know: {', '.join(unknown)}")
     return "\n".join(one_line(line) for line in lines)

@@ -38,7 +38,7 @@ def auroc(labels, scores):
 def threshold_at_fpr(labels, scores, limit):
     """The threshold with the highest recall at a false positive rate of at most `limit`, and that recall.
 
-    Of equal recalls the highest threshold counts, half-way down to the next score. A threshold above 1 flags nothing.
+    Of equal recalls the highest threshold counts, half-way down to the next score. One above 1 flags nothing.
     """
     thresholds, positives, flagged = curve(labels, scores)
     false, true = np.append(0, flagged - positives), np.append(0, positives)

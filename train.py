@@ -96,7 +96,7 @@ def main():
     guard, splits, config = load(args, accelerator)
     train, unsafe_head = splits["train"], guard.config.unsafe_head
     pos_weight = train.pos_weight.to(accelerator.device)
-    # With the usual 0.999 for 0.95, one of three trainings of a 1.5B model collapsed (docs/LOG.md).
+    # With a second beta of 0.999 the training of a larger model can collapse (docs/LOG.md).
     optimizer = torch.optim.AdamW(guard.adapter().values(), lr=args.learning_rate, betas=(0.9, 0.95))
     state, _lock = open_run(accelerator, output, guard, optimizer, config, args.resume)
     model, optimizer = accelerator.prepare(guard, optimizer)

@@ -123,11 +123,11 @@ REFUSED = {  # {kind: (config, {guard path: what the refusal says, or None})}
     ),
     "state space": (
         MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        {"activated": r"\(NoneType\); train with --guard-path full", "full": None},
+        {"activated": r"\(it has none\); train with --guard-path full", "full": None},
     ),
     "recurrent": (
         RwkvConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        {"activated": r"\(NoneType\); train with --guard-path full", "full": None},
+        {"activated": r"\(it has none\); train with --guard-path full", "full": None},
     ),
 }
 

@@ -113,8 +113,8 @@ def test_a_loaded_adapter_is_the_saved_one_on_any_base(tmp_path, model_folder, g
 def test_a_threshold_and_a_rate_exclude_each_other(tmp_path, model_folder):
     """Kills: one of the two that is not heard."""
     config, adapter = save(make_guard(), tmp_path, model_folder)
-    with pytest.raises(UserError, match="either a threshold or"):
-        load_guard(config, adapter, threshold=0.5, max_fpr=0.05)
+    with pytest.raises(UserError, match="either threshold or max_fpr"):
+        load_guard(config, adapter, threshold=0.0, max_fpr=0.05)
 
 
 def test_only_adapters_and_head_are_saved_under_pefts_names(saved):

@@ -267,11 +267,11 @@ def test_the_plot_has_a_curve_for_each_file_with_unsafe_rows(monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
-    files = np.array(["a.csv", "a.csv", "safe.csv", "b.csv", "b.csv"])
+    files = np.array(["a/test.csv", "a/test.csv", "safe.csv", "b/test.csv", "b/test.csv"])
     labels, scores = np.array([1, 0, 0, 1, 0]), np.array([0.9, 0.2, 0.3, 0.1, 0.5])
     plots.plot_evaluation("plot.png", labels, scores, files)
     curves = {line.get_label(): line.get_ydata().tolist() for line in figures[0].axes[0].lines[:-1]}
-    assert curves == {"a.csv": [1, 0.5], "b.csv": [0, 0.5]}
+    assert curves == {"a/test.csv": [1, 0.5], "b/test.csv": [0, 0.5]}
 
 
 def test_running_verdicts_are_on_rows_with_an_answer(result):

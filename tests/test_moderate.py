@@ -158,7 +158,8 @@ def test_a_given_pair_is_judged_and_nothing_generated(files, monkeypatch, capsys
 
 
 def test_only_judging_uses_the_fast_dtype(files, tmp_path, monkeypatch, capsys):
-    """Kills: a file or a pair judged in a slow dtype, an answer in another dtype than the chat model's."""
+    """Kills: a file or a pair judged in a slow dtype, an answer in another dtype than the chat model's, a
+    dtype that is not named."""
     config = Path(files[0])
     config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
     times = {"bfloat16": 2.0, "float32": 1.0}
@@ -181,6 +182,7 @@ def test_only_judging_uses_the_fast_dtype(files, tmp_path, monkeypatch, capsys):
     for options, dtype in ((pair, torch.float32), (file, torch.float32), (["--prompt=hi"], torch.bfloat16)):
         run(monkeypatch, capsys, *files, *options)
         assert set(dtypes) == {dtype}, options
+        assert capsys.readouterr().err.count("computing in float32") == (dtype == torch.float32)
 
 
 def test_an_answer_is_generated_and_judged_as_it_grows(files, monkeypatch, capsys):

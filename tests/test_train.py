@@ -468,6 +468,14 @@ def test_a_run_keeps_thresholds_for_several_rates(model_folder, tmp_path, monkey
         load_guard(output / "config.json", device_id=-1, max_fpr=0.001)
 
 
+def test_adam_forgets_a_large_gradient_within_some_updates(model_folder, tmp_path, monkeypatch):
+    """Kills: the usual second beta, with which larger models have collapsed."""
+    file, output = write(tmp_path / "rows.jsonl", make_rows(80)), tmp_path / "run"
+    run(monkeypatch, model_folder, output, "--dataset", file, "--epochs=1")
+    [group] = torch.load(output / "checkpoints/state.pt")["optimizer"]["param_groups"]
+    assert tuple(group["betas"]) == (0.9, 0.95)
+
+
 def test_train_columns_are_of_every_so_many_rows_by_the_epochs_weights(model_folder, tmp_path, monkeypatch):
     """Kills: other rows, all rows, cut answers, the weights of another epoch, another threshold."""
     monkeypatch.setattr(train, "TRAIN_SAMPLE", 24)
