@@ -169,15 +169,15 @@ def piped():
 
 def main():
     args = parse_arguments()
-    accelerator = start_accelerator()
+    several = start_accelerator().num_processes > 1
     chosen = (args.config, args.adapter, args.device_id, args.threshold, args.max_fpr, args.base_model)
     guard = load_guard(*chosen)
     given = args.response is not None
     if args.input or given or args.dtype:  # without --dtype, an answer is written in the stored one
-        accelerator.print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
+        start_accelerator().print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
     if args.input:
         return score_file(guard, args.input, args.output, args.strict)
-    refuse(accelerator.num_processes > 1, "several processes can share the rows of --input only")
+    refuse(several, "several processes can share the rows of --input only")
     options = {"max_new_tokens": args.max_new_tokens, "verdict_every": args.verdict_every}
     if args.temperature or args.top_p:
         options |= {"do_sample": True, "temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0}

@@ -180,7 +180,8 @@ def test_only_judging_uses_the_fast_dtype(files, tmp_path, monkeypatch, capsys):
     source = write(tmp_path / "rows.jsonl", ROWS[:1])
     pair, file = ["--prompt=hi", "--response=you"], ["--input", source, "--output", tmp_path / "out.jsonl"]
     for options, dtype in ((pair, torch.float32), (file, torch.float32), (["--prompt=hi"], torch.bfloat16)):
-        run(monkeypatch, capsys, *files, *options)
+        monkeypatch.setattr(sys, "argv", ["moderate.py", *map(str, [*files, *options])])
+        moderate.main()
         assert set(dtypes) == {dtype}, options
         assert capsys.readouterr().err.count("computing in float32") == (dtype == torch.float32)
 
