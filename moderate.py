@@ -174,7 +174,9 @@ def main():
     guard = load_guard(*chosen)
     given = args.response is not None
     if args.input or given or args.dtype:  # without --dtype, an answer is written in the stored one
-        start_accelerator().print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
+        computing = use_fast_dtype(guard, args.dtype)
+        if not several:
+            print(computing, file=sys.stderr)
     if args.input:
         return score_file(guard, args.input, args.output, args.strict)
     refuse(several, "several processes can share the rows of --input only")
