@@ -37,15 +37,14 @@ def main():
     verdicts = guard.classify(rows)
     scores = np.array([[v.unsafe, *v.categories.values()] for v in verdicts])  # (N, 1 + K)
     unsafe = np.array([not row["is_safe"] for row in rows])
-    flag_from = np.where([v.tokens for v in verdicts], guard.config.threshold, guard.config.prompt_threshold)
-    flag_from[np.isnan(scores[:, 0])] = 1  # NaN is flagged
+    flag_from = np.where([v.flagged for v in verdicts], 0, 2)  # so all figures count what the verdicts flag
     scores = np.nan_to_num(scores, nan=1.0)
     result = measure(guard.config, rows, sources, flag_from, unsafe, scores)
     if args.running:
-        pairs = [(row, label) for row, label, v in zip(rows, unsafe, verdicts, strict=True) if v.tokens]
-        encoded = [encode_row(guard.tokenizer, row) for row, _ in pairs]
+        answered = np.array([v.tokens > 0 for v in verdicts])
+        encoded = [encode_row(guard.tokenizer, rows[n]) for n in np.flatnonzero(answered)]
         answers = running_scores(guard, encoded, args.running)
-        result["running"] = running_metrics([label for _, label in pairs], answers, guard.config.threshold)
+        result["running"] = running_metrics(unsafe[answered], answers, guard.config.threshold)
     result = to_json(result)
     print(result if args.json else table(json.loads(result)), flush=True)
     if args.scores:
