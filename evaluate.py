@@ -51,7 +51,7 @@ def main():
         lines = (json_line(row | verdict.fields()) for row, verdict in zip(rows, verdicts, strict=True))
         write_whole(args.scores, b"".join(lines))
     if args.plot:
-        from experiments.plots import plot_evaluation
+        from tools.plots import plot_evaluation
 
         plot_evaluation(args.plot, unsafe, scores[:, 0], sources)
 

@@ -186,7 +186,7 @@ def load(args, accelerator):
     if args.gradient_checkpointing:
         checkpoint_gradients(chat_model, guard.gate)
     if args.cache_dir:
-        from experiments.caches import keep_caches
+        from tools.train_cached import keep_caches
 
         keep_caches(guard, args.cache_dir)
     longest = {"train": guard.max_tokens}  # in use, longer texts are judged in windows

@@ -12,7 +12,7 @@ from conftest import ids_of, make_rows, user, write
 import train
 from common import UserError
 from data import conversation, load_splits, read_file, tenth_of
-from experiments import ablation, guard_data
+from tools import ablation, guard_data
 
 ROOT = Path(train.__file__).parent
 
@@ -290,5 +290,5 @@ def test_a_long_row_is_cut_or_left_out():
 )
 def test_a_script_runs_from_the_root(script):
     """Kills: imports that work only under pytest, which puts the root on the path."""
-    command = [sys.executable, f"experiments/{script}", "--help"]
+    command = [sys.executable, f"tools/{script}", "--help"]
     assert "usage:" in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout

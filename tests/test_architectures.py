@@ -32,9 +32,9 @@ from checkpoint import (
     use_fast_dtype,
 )
 from common import UserError
-from experiments.caches import keep_caches
 from lora import LoRALinear
 from model import GuardConfig, GuardedChat
+from tools.train_cached import keep_caches
 
 PATHS = ["activated", "full"]
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -9,8 +9,10 @@ import torch
 from conftest import make_guard, make_model, make_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-from bench import (
+from chat import encode
+from common import UserError
+from tools import bench
+from tools.bench import (
     BATCH,
     PRODUCTS,
     SCORED,
@@ -24,8 +26,6 @@ from bench import (
     ratio,
     turns,
 )
-from chat import encode
-from common import UserError
 
 
 def replace_turns(monkeypatch, seconds=None, calls=1):

@@ -7,8 +7,8 @@ from conftest import ids_of, make_guard, make_model, make_tokenizer
 from test_train import FAST, FILES, close, run, tensors, write_learnable
 
 from common import UserError
-from experiments.caches import keep_caches
 from model import GuardConfig, GuardedChat
+from tools.train_cached import keep_caches
 
 TEXTS = ["how is the bread?", "hi", "the answer is harmful, and the user is safe " * 2, "ho"]
 

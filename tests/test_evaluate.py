@@ -14,8 +14,8 @@ import evaluate
 from common import UserError
 from data import encode_row
 from evaluate import bootstrap, category_metrics, running_metrics, running_scores
-from experiments import plots
 from metrics import average_precision, evaluation, metrics
+from tools import plots
 
 NUMBERS = np.random.default_rng(0)
 

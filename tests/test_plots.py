@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from common import UserError
-from experiments import plots
+from tools import plots
 
 pytest.importorskip("matplotlib").use("Agg")
 

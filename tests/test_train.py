@@ -25,9 +25,9 @@ import train
 from checkpoint import load_guard
 from common import UserError
 from data import encode_row, labels, load_splits
-from experiments.ablation import QUESTION
 from metrics import metrics
 from model import GuardedChat
+from tools.ablation import QUESTION
 from train import guard_loss, learning_rate
 
 SCRIPT = Path(train.__file__)

@@ -28,10 +28,10 @@ import checkpoint
 from chat import checkpoint_gradients, encode, reached_layers
 from checkpoint import load_guard, start_accelerator
 from common import UserError
-from experiments.export_peft import export
 from lora import LoRALinear
 from model import GuardConfig, GuardedChat
 from moderate import whole_characters
+from tools.export_peft import export
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 

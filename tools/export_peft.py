@@ -1,6 +1,6 @@
 """Write a guard as an adapter of PEFT. docs/USAGE.md says what other tools can do with it.
 
-    python experiments/export_peft.py CONFIG.json ADAPTER.safetensors OUTPUT_DIR
+    python tools/export_peft.py CONFIG.json ADAPTER.safetensors OUTPUT_DIR
 
 OUTPUT_DIR gets
     adapter_config.json, adapter_model.safetensors    the LoRA matrices, for PeftModel.from_pretrained

@@ -1,6 +1,6 @@
 """What each choice is worth: guards that differ from the default in one thing, measured on the same rows.
 
-    python experiments/ablation.py BEAVERTAILS.jsonl SAFE_RLHF.jsonl OUTPUT_DIR
+    python tools/ablation.py BEAVERTAILS.jsonl SAFE_RLHF.jsonl OUTPUT_DIR
 
 Five tenths of BeaverTails' prompts are for training and four for measuring. That is more than
 train.py's usual tenth, so the figures vary less. The last tenth is the test split of the one variant that
@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import EMBEDDED, load_chat_model
 from common import UserError, run, write_whole
 from data import read_rows, tenth_of
-from experiments.guard_data import answers_alone, jsonl
-from experiments.plots import plot_ablation
+from tools.guard_data import answers_alone, jsonl
+from tools.plots import plot_ablation
 
 # The paper's form has no control tokens: each turn is plain text behind the name of its speaker.
 PLAIN = (

@@ -1,6 +1,6 @@
 """Write the data files that the guard in guard/ learns from and is chosen on.
 
-    python experiments/guard_data.py DATA
+    python tools/guard_data.py DATA
 
 DATA is the folder with the labelled data sets. runs/mix gets three kinds of files:
     train-SOURCE.jsonl         rows of prompts whose hash falls in the last eight tenths

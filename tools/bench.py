@@ -19,6 +19,8 @@ import peft
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from chat import encode, fork, shared_tokens
 from checkpoint import EMBEDDED, build_guard, load_chat_model, save_adapter, use_fast_dtype
 from common import UserError, run
@@ -41,7 +43,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("model", nargs="?", default=EMBEDDED, help="chat model, as for train.py")
-    add("--dataset", nargs="+", default=[str(Path(__file__).parent / "samples/sample.jsonl")])
+    add("--dataset", nargs="+", default=[str(Path(__file__).parents[1] / "samples/sample.jsonl")])
     add("--rounds", type=int, default=5)
     add("--quick", action="store_true", help="less of everything, for a first look")
     add("--json", action="store_true", help="print one JSON object")
@@ -79,7 +81,7 @@ def main():
     lines = (f"{name:32} {f'{x:.3f}' if isinstance(x, float) else x}" for name, x in result.items())
     print(json.dumps(result) if args.json else "\n".join(lines), flush=True)
     if args.plot or args.plot_growth:
-        from experiments.plots import plot_growth, plot_verdicts
+        from tools.plots import plot_growth, plot_verdicts
     if args.plot_growth:
         plot_growth(args.plot_growth, result["growth"])
     if args.plot:
