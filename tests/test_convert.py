@@ -1,0 +1,336 @@
+"""tools/convert.py: foreign forms and columns of rows. Each test names the mutations that it kills."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import pyarrow
+import pytest
+from pyarrow.parquet import ParquetFile, write_table
+
+from tools import convert
+
+
+@pytest.fixture
+def converted(tmp_path, capsys):
+    """A function: (rows, a table or the content of a file) -> (lines of the output, standard error)."""
+
+    def run(content, *options, name="r.jsonl"):
+        if isinstance(content, pyarrow.Table):
+            write_table(content, tmp_path / name)
+        else:
+            text = "\n".join(map(json.dumps, content)) if isinstance(content, list) else content
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        status = convert.main([str(tmp_path / name), str(tmp_path / "out.jsonl"), *options])
+        said = capsys.readouterr().err.replace(f"{tmp_path}/", "")
+        assert status == (2 if said else 0)
+        return [json.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()], said
+
+    return run
+
+
+def prompts(lines):
+    return [line["prompt"] for line in lines]
+
+
+PKU = {"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 0}
+SAFER = PKU | {"is_response_0_safe": True, "is_response_1_safe": False}
+WILD = {"prompt": "w", "response": "r", "prompt_harm_label": "harmful", "response_harm_label": "unharmful"}
+AEGIS = {"prompt": "e", "response": "r", "prompt_label": "safe", "response_label": "unsafe"}
+TOXIC = {"user_input": "u", "model_output": "o", "toxicity": 0, "jailbreaking": 0}
+BENCH = {"behavior": "b", "generation": "g", "label": 1}
+SETS = [
+    (TOXIC, [("u", None, True)]),
+    (TOXIC | {"toxicity": 1}, [("u", None, False)]),
+    (TOXIC | {"jailbreaking": 1}, [("u", None, False)]),
+    (WILD, [("w", None, False), ("w", "r", True)]),
+    (WILD | {"response": None, "response_harm_label": None}, [("w", None, False)]),
+    (WILD | {"response_harm_label": None}, [("w", None, False)]),
+    (SAFER, [("p", "x", True), ("p", "y", False)]),
+    (SAFER | {"is_response_0_safe": None}, [("p", "y", False)]),
+    (AEGIS, [("e", None, True), ("e", "r", False)]),
+    (AEGIS | {"response": " "}, [("e", None, True)]),
+    ({"prompt": "o", "S": 0, "V2": 1}, [("o", None, False)]),
+    ({"prompt": "o", "S": 0, "H": None}, [("o", None, True)]),
+    ({"prompt": "o", "S": None}, [("o", None, None)]),
+    (BENCH, [("b", "g", False)]),
+    ({"prompt": "a", "response": "r", "is_safe": 1}, [("a", "r", True)]),
+    (PKU, [("p", "x", None), ("p", "y", None)]),
+    ({"prompt": "a", "response": "r"}, [("a", "r", None)]),
+    ({"user_input": "u"}, [("u", None, None)]),
+    (SAFER | AEGIS, [("e", "x", True), ("e", "y", False), ("e", None, True), ("e", "r", False)]),
+]
+
+
+@pytest.mark.parametrize(("row", "wanted"), SETS)
+def test_each_labelled_text_is_a_line(converted, row, wanted):
+    """Kills: the other polarity, a text or label that is not read, an unknown label taken for a known one."""
+    lines, said = converted([row])
+    assert [(line["prompt"], line.get("response"), line.get("is_safe")) for line in lines] == wanted
+    assert said == ""
+
+
+@pytest.mark.parametrize("name", convert.PLAIN)
+def test_a_name_says_no_polarity_and_some_words_do(converted, name):
+    """Kills: `is_unsafe` 1 read as safe, a word that follows its column, a label read by its case or type."""
+    truth = ["TRUE", "Yes ", "1", "1.0", 1, 1.0, True]
+    lies = ["false", "No", " 0", "0.0", 0, 0.0, False]
+    words = ["safe", " Safe", "UNHARMFUL", "harmless", "unsafe", "Harmful ", "toxic"]
+    unknown = ["", " ", "null", "NaN", "none", None]
+    lines, _ = converted([{"prompt": "a", name: value} for value in truth + lies + words + unknown])
+    means_safe = name in ("is_safe", "safe")
+    wanted = [means_safe] * 7 + [not means_safe] * 7 + [True] * 4 + [False] * 3 + [None] * 6
+    assert [line.get("is_safe") for line in lines] == wanted
+
+
+def test_a_label_between_0_and_1_needs_a_threshold(converted):
+    """Kills: a probability that is rounded, a threshold that leaves out its own value."""
+    rows = [{"prompt": str(value), "toxic": value} for value in (0, 0.2, "0.7", 0.9, 1)]
+    lines, said = converted(rows)
+    assert prompts(lines) == ["0", "1"] and said.count("--threshold") == 3
+    lines, _ = converted(rows, "--threshold", "0.7")
+    assert [line["is_safe"] for line in lines] == [True, True, False, False, False]
+
+
+def test_categories(converted):
+    """Kills: an unknown kind of harm taken for false, an is_safe that does not follow, a cell of text."""
+    table = "prompt,category,is_safe\na,\"{'theft': True, 'hate': None}\",\n"
+    table += 'b,"{""theft"": false}",\nc,,0\nd,"{""x"": 0}",unsafe\n'
+    lines, said = converted(table, name="r.csv")
+    assert [line.get("category") for line in lines] == [{"theft": True}, {"theft": False}, None, {"x": False}]
+    assert [line["is_safe"] for line in lines] == [False, True, False, False] and said == ""
+
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+REFUSED = [
+    ({"prompt": "p", "is_safe": "maybe"}, "'maybe'"),
+    ({"prompt": "p", "is_safe": 2}, "`is_safe` is 2"),
+    ({"prompt": "p", "unsafe": [1]}, "`unsafe` is [1]"),
+    (PKU | {"response": "r"}, "response_0"),
+    (SAFER | {"response": "r"}, "response_0"),
+    (PKU | {"is_safe": 1}, "response_0"),
+    (SAFER | {"category": {"a": 0}}, "response_0"),
+    ({"prompt": "p", "user_input": "u"}, "user_input"),
+    ({"prompt": "p", "is_safe": 1, "is_unsafe": 1}, "disagrees"),
+    ({"prompt": "p", "is_safe": 1, "category": {"a": 1}}, "`category` is true"),
+    ({"prompt": "p", "category": ["a"]}, "['a']"),
+    ({"prompt": "p", "category": "a"}, "'a'"),
+    ({"response": "r"}, "no text as `prompt`"),
+    ({"prompt": 3}, "`prompt` is 3"),
+    ({"prompt": "\ud800"}, "surrogate"),
+    ({"prompt": "p", "Prompt": "q"}, "twice"),
+    (["prompt"], "not an object"),
+    ({"messages": [USER], "prompt": "x"}, "last turn"),
+    ({"messages": [USER, ANSWER, USER], "response": "b"}, "last turn"),
+    ({"messages": [USER], "conversations": [USER]}, "one list"),
+    ({"messages": [USER | {"content": [{"type": "image", "text": "a"}]}]}, "not text"),
+    ({"messages": [USER | {"content": [{"type": "text", "text": "a", "more": "b"}]}]}, "more"),
+    ({"messages": [USER | {"content": ["a"]}]}, "'a'"),
+    ({"messages": [USER | {"tool_calls": [{}]}]}, "tool_calls"),
+    ({"messages": [USER | {"content": None}]}, "content"),
+    ({"messages": [USER | {"content": 3}]}, "content 3"),
+    ({"messages": [USER | {"role": "tool"}]}, "'tool'"),
+    ({"messages": [ANSWER]}, "roles"),
+    ({"messages": [USER | {"role": "system"}]}, "roles"),
+    ({"messages": USER}, "one list"),
+    ({"messages": "hi"}, "'hi'"),
+]
+
+
+@pytest.mark.parametrize(("row", "why"), REFUSED)
+def test_what_has_two_meanings_or_none_is_refused(converted, row, why):
+    """Kills: a text or a label that another one silently replaces, a good row that is lost with a bad one."""
+    lines, said = converted([{"prompt": "a"}, row, {"prompt": "b"}])
+    assert prompts(lines) == ["a", "b"] and said.startswith("r.jsonl, line 2: ")
+    assert why in said and said.count("\n") == 1
+
+
+def test_other_columns_stay_and_translated_ones_go(converted):
+    """Kills: a label that stays beside is_safe, a column that is lost, NaN in the output."""
+    row = {"Prompt": "a", "toxic": 0, "S": 0, "Note ": "n", "x": float("nan"), "label": 1, "response": None}
+    lines, _ = converted([row])
+    assert lines == [{"prompt": "a", "is_safe": True, "Note ": "n", "x": None, "label": 1}]
+    assert converted(lines)[0] == lines
+
+
+def test_conversations(converted):
+    """Kills: ShareGPT's form, text in parts, a system message or Python's notation that is not read."""
+    turns = [("system", "s"), ("human", "a"), ("gpt", "b")]
+    part = {"type": "text", "text": "a", "image_url": None}
+    rows = [{"conversations": [{"from": role, "value": text} for role, text in turns], "is_safe": 0}]
+    rows += [{"messages": [USER | {"content": [part, part]}], "prompt": "aa", "unsafe": 1}]
+    rows += [{"messages": [USER | {"tool_calls": None}, ANSWER], "response": "b"}]
+    lines, said = converted(rows)
+    found = [[message["content"] for message in line["messages"]] for line in lines]
+    assert found == [["s", "a", "b"], ["aa"], ["a", "b"]] and said == ""
+    assert [line.get("is_safe") for line in lines] == [False, False, None]
+    assert lines[2] == {"messages": [USER, ANSWER]}
+    for text in (json.dumps([USER]).replace('"', '""'), str([USER])):
+        lines, _ = converted(f'messages;is_safe\n"{text}";1\n', name="r.csv")
+        assert lines == [{"messages": [USER], "is_safe": True}]
+
+
+ROWS = [{"prompt": "größe 東京", "is_safe": True}, {"prompt": "b", "is_safe": False}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+TABLE = "prompt\tis_safe\ngröße 東京\t1\nb\t0\n"
+KINDS = dict.fromkeys((".jsonl", ".ndjson", ".json"), LINES) | dict.fromkeys((".csv", ".tsv"), TABLE)
+
+
+@pytest.mark.parametrize(("ending", "text"), [*KINDS.items(), (".json", "\n " + json.dumps(ROWS, indent=1))])
+def test_kinds_of_files_and_encodings(converted, ending, text):
+    """Kills: an ending that is not read, in capitals or packed; a byte-order mark taken for text."""
+    assert converted(gzip.compress(text.encode()), name=f"r{ending}.GZ") == (ROWS, "")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        assert converted(text.encode(encoding), name=f"r{ending.upper()}") == (ROWS, "")
+    for encoding, given in (("gb18030", "gb18030"), ("utf-16-le", "utf-16-le"), ("utf-16", "cp1252")):
+        assert converted(text.encode(encoding), "--encoding", given, name=f"r{ending}") == (ROWS, "")
+
+
+def test_tables(converted):
+    """Kills: a delimiter of a cell taken for the table's, cells that slide, blank lines that are rows."""
+    table = '\n Prompt ;"a,b,c"; IS_SAFE\n"x; y,\n";1,2;safe\nz;0\n\nlast;;0\n'
+    lines, said = converted(table, name="r.csv")
+    assert lines[0] == {"prompt": "x; y,\n", "is_safe": True, "a,b,c": "1,2"}
+    assert prompts(lines[1:]) == ["last"] and said == "r.csv, row 2: it has 2 cells for 3 columns\n"
+    lines, _ = converted("prompt\nHello, how; are\tyou\n", name="r.tsv")
+    assert lines == [{"prompt": "Hello, how; are\tyou"}]
+
+
+PACKED = gzip.compress(b'{"prompt": "a"}\n{"prompt": "b"}\n')
+ARRAY = b'[{"prompt": "a"}, {"prompt": "b"}'
+DAMAGED = [
+    ("wrong.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n{"prompt": "b"}\n', ", line 2: "),
+    ("no.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n{"prompt": "b"}\n', ", line 3: "),
+    ("deep.jsonl", b'{"prompt": "a"}\n' + b'{"a":' * 100_000 + b'\n{"prompt": "b"}\n', ", line 2: "),
+    ("twice.jsonl", b'{"prompt": "a"}\n{"prompt": "x", "prompt": "y"}\n{"prompt": "b"}\n', ", line 2: "),
+    ("twice.json", ARRAY + b', {"prompt": "c", "category": {"x": 1, "x": 0}}]', ", row 3: "),
+    ("twice.csv", b'prompt;category\na;\nb;\nc;"{""x"": 1, ""x"": 0}"\n', ", row 3: "),
+    ("half.csv", "prompt\na\nb\n".encode("utf-16") + b"x", ", row 3: "),
+    ("stray.csv", b'prompt;x\na;1\nb;1\n"c" d;1\ne;1\n', ", after row 2, "),
+    ("open.csv", b'prompt;x\na;1\nb;1\n"c;1\n', ", after row 2, "),
+    ("cut.json", ARRAY + b', {"pro', ", after row 2, "),
+    ("open.json", ARRAY, ", after row 2, "),
+    ("two.json", ARRAY + b"] []", ", after row 2, "),
+    ("cut.jsonl.gz", PACKED[:-8], ", after line 2, "),
+    ("changed.jsonl.gz", PACKED[:-8] + bytes(8), ", after line 2, "),
+    ("cut.csv.gz", gzip.compress(b"prompt\na\nb\ncut")[:-8], ", after row 2, "),
+    ("cut.json.gz", gzip.compress(ARRAY + b', {"prompt": "c"}]')[:-12], ", after row 2, "),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "place"), DAMAGED)
+def test_what_comes_before_the_damage_is_kept(converted, name, content, place):
+    """Kills: rows before the damage that are lost, a cut row that is kept, a name given twice."""
+    lines, said = converted(content, name=name)
+    assert prompts(lines) == ["a", "b"] and name + place in said
+
+
+EMPTY = [b"", b"\n", b"[]", b"[" * 100_000, b'{"a":' * 100_000, b"prompt,prompt\na,b\n", b"x,X\na,b\n"]
+
+
+@pytest.mark.parametrize("content", EMPTY)
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json.gz", "r.csv", "r.parquet"])
+def test_a_file_without_rows_is_named(converted, name, content):
+    """Kills: a traceback, a file that is passed over in silence, two columns of one name."""
+    lines, said = converted(content, name=name)
+    assert lines == [] and said.startswith(name)
+
+
+def test_odd_types_of_parquet(converted):
+    """Kills: a column that costs the file, a cell that costs more than its row, a map that is no category."""
+    times = pyarrow.array([0, 2**61, None], pyarrow.timestamp("us"))
+    harm = pyarrow.array([[("x", True)]] * 3, pyarrow.map_(pyarrow.string(), pyarrow.bool_()))
+    nowhere = pyarrow.array([0, 1, 2], pyarrow.timestamp("us", "No/Where"))
+    columns = {"prompt": list("abc"), "category": harm, "time": times, "zone": nowhere}
+    lines, said = converted(pyarrow.table(columns), name="r.parquet")
+    assert [line["time"] for line in lines] == ["1970-01-01 00:00:00", None]
+    assert lines[1] == {"prompt": "c", "category": {"x": True}, "is_safe": False, "time": None}
+    assert "r.parquet, row 2: `time`" in said and "r.parquet, column 'zone': " in said
+    lines, said = converted(pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"]), name="r.parquet")
+    assert lines == [] and said == "r.parquet: the name 'prompt' stands twice\n"
+
+
+@pytest.mark.parametrize(("group", "column", "wanted"), [(1, 0, "ab"), (0, 1, "abc")])
+def test_damaged_parquet(converted, tmp_path, group, column, wanted):
+    """Kills: rows of a row group that are lost to the next one, a damaged column that costs the file."""
+    path, options = tmp_path / "whole.parquet", {"compression": "NONE", "use_dictionary": False}
+    write_table(pyarrow.table({"prompt": list("abc"), "x": list("def")}), path, row_group_size=2, **options)
+    content = bytearray(path.read_bytes())
+    start = ParquetFile(path).metadata.row_group(group).column(column).data_page_offset
+    content[start : start + 9] = b"\xff" * 9
+    lines, said = converted(bytes(content), name="r.parquet")
+    assert prompts(lines) == list(wanted) and ("after row 2, " if group else "column 'x': ") in said
+
+
+def test_rows_stream_and_wide_rows_take_linear_time(converted, tmp_path):
+    """Kills: a file that is read whole, a search through all names for each name."""
+    (tmp_path / "many.csv").write_text("prompt\n" + ("a" * 1000 + "\n") * 4000)
+    tracemalloc.start()
+    assert convert.main([str(tmp_path / "many.csv"), str(tmp_path / "out.jsonl")]) == 0
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    start = time.process_time()
+    converted([{"prompt": "a"} | {f"column {number}": 0 for number in range(60_000)}])
+    assert time.process_time() - start < 10
+
+
+def test_a_folder_stands_for_its_files(tmp_path, capsys):
+    """Kills: rows.xlsx that is left out in silence, a FIFO that is waited for, a row that is not counted."""
+    folder = tmp_path / "folder"
+    (folder / "more.jsonl").mkdir(parents=True)
+    (folder / "rows.xlsx").touch()
+    os.mkfifo(folder / "fifo.jsonl")
+    (folder / "b.jsonl").write_text(json.dumps({"prompt": "a", "unsafe": 1}) + "\n" + json.dumps(WILD))
+    (folder / "c.json").write_text(json.dumps([{"messages": [USER]}, {"prompt": "b"}]))
+    assert convert.main([str(folder), "/dev/zero", str(tmp_path / "out.jsonl")]) == 2
+    said = capsys.readouterr()
+    names = [line.split(": ")[0].split("/")[-1] for line in said.err.splitlines()]
+    assert names == ["fifo.jsonl", "more.jsonl", "rows.xlsx", "zero"]
+    wanted = "prompts: 0 safe, 2 unsafe, 1 unlabelled; answers: 1 safe, 0 unsafe, 0 unlabelled; "
+    assert said.out == wanted + "conversations: 0 safe, 0 unsafe, 1 unlabelled\n"
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 5
+
+
+def test_bad_arguments_change_nothing(tmp_path, monkeypatch, capsys):
+    """Kills: an input that is overwritten, under another name too; a traceback; a check after the reading."""
+    rows, out, empty = tmp_path / "rows.jsonl", tmp_path / "out.jsonl", tmp_path / "empty.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    (tmp_path / "same.jsonl").hardlink_to(rows)
+    empty.mkdir()
+    bad = [(path, rows, "one of the files") for path in (rows, tmp_path, tmp_path / "same.jsonl")]
+    bad += [
+        (rows, tmp_path / name, "must be a file") for name in ("out.csv", "none/out.jsonl", "empty.jsonl")
+    ]
+    bad += [(path, out, "does not exist") for path in (tmp_path / "none.jsonl", empty)]
+    bad += [(rows, out, "--threshold", value, "--threshold") for value in ("0", "1.1", "nan", "x")]
+    monkeypatch.setattr(convert, "rows_of", None)
+    for *arguments, why in [*bad, (rows, "required"), (rows, out, "--encoding", "rot13", "rot13")]:
+        with pytest.raises(SystemExit) as left:
+            convert.main([str(argument) for argument in arguments])
+        assert left.value.code == 2 and why in capsys.readouterr().err.split("error: ")[1]
+    assert rows.read_text() == '{"prompt": "a"}\n' and not out.exists()
+
+
+def test_the_output_appears_whole(tmp_path, monkeypatch):
+    """Kills: half of the lines under the output's name, a temporary file that stays."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    out.write_text("before")
+    monkeypatch.setattr(convert, "to_json", lambda line: (tmp_path / "no such file").read_bytes())
+    with pytest.raises(SystemExit):
+        convert.main([str(rows), str(out)])
+    assert out.read_text() == "before" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_exit_status(tmp_path):
+    """Kills: status 0 although a row was not read, an import that only pytest's path allows, options last."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    names = ["rows.jsonl", "rows.jsonl", "--encoding", "utf-8", "out.jsonl"]
+    command = [sys.executable, convert.__file__, *names]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "rows.jsonl, line 2: `prompt` is 3, not text\n" * 2
+    assert (tmp_path / "out.jsonl").read_text() == '{"prompt": "a"}\n' * 2
