@@ -1,69 +1,128 @@
-"""The chat path: how a conversation becomes token ids, and how the frozen model answers it.
+"""The chat path: how a conversation becomes token ids, how the frozen model answers it, and its cache."""
 
-This module holds all that is specific to transformers' tokenizers, decoding and caches.
-"""
-
-import contextlib
 import copy
 import functools
-import inspect
+import json
 import re
-import sys
+import secrets
 import threading
 from dataclasses import dataclass, field
 from datetime import datetime
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
-from common import UserError, explain, refuse
-from lora import linear_size
+from errors import explain, refuse, without_twins
 
-TOKENIZER_LOCK = threading.Lock()
-WINDOW = 192  # tokens, as long as most training rows: in longer windows a harmful passage goes unnoticed
-WORTH_SHARING = 128  # the smallest saving, in tokens, that pays for the extra pass
+NAMES = ("prompt", "response", "messages", "category", "is_safe")  # the columns of a row that mean something
+LETTERS = {"system": "s", "user": "u", "assistant": "a"}
+CONVERT = "tools/convert.py writes our columns from those of other data sets"
+MARK = secrets.token_hex(8)  # stands for a text, and no text or template can know it
+TOKENIZER_LOCK = threading.Lock()  # reading texts switches how the tokenizer treats control tokens
+
+
+def conversation(row):
+    """The messages of a row, [{"role", "content"}, ...], without a blank answer.
+
+    row: {"prompt", "response"} or {"messages"}. Raises UserError if it is no conversation of texts.
+    """
+    refuse(not isinstance(row, dict), "a row must be an object with names")
+    near = [name for name in row if name not in NAMES and str(name).strip().lower() in NAMES]
+    answers = [name for name in row if str(name).startswith("response") and isinstance(row[name], str)]
+    near += answers if "response" not in row and not row.get("messages") else []
+    refuse(near, f"is {near[:1]} meant to be `response` or another of our columns? Rename it; {CONVERT}")
+    texts = {"user": row.get("prompt"), "assistant": row.get("response")}
+    pair = [{"role": role, "content": text} for role, text in texts.items() if text is not None]
+    messages = from_json(row.get("messages"))
+    refuse(messages and any(texts.values()), "a row has either `messages`, or `prompt` and `response`")
+    with explain("a message is {role, content}, and both are text"):
+        # Parquet fills absent fields with null.
+        messages = [{name: m[name] for name in m if m[name] is not None} for m in messages or pair]
+        roles = "".join(LETTERS[m["role"]] for m in messages)
+        blank = [not m["content"].strip() for m in messages]
+        other = {name for m in messages for name in m} - {"role", "content"}
+        refuse(other, f"the guard would not see these fields of a message: {', '.join(sorted(other))}")
+        "".join(m["content"] for m in messages).encode()  # fails for what was not UTF-8
+    form = "`messages` with perhaps a system message, and then user and assistant in turn"
+    in_turn = re.fullmatch("s?u(au)*a?", roles)
+    refuse(not in_turn, f"a row needs text as `prompt` (and `response`), or {form}; {CONVERT}")
+    return messages[:-1] if roles.endswith("a") and blank[-1] else messages
+
+
+def from_json(value):
+    """An object as it is, or from the JSON that the cell of a table holds."""
+    if not isinstance(value, str):
+        return value
+    with explain("`messages` and `category` must be JSON"):
+        return json.loads(value, object_pairs_hook=without_twins) if value.strip() else None
 
 
 def encode(tokenizer, messages):
     """Messages [{"role", "content"}, ...] -> (token ids, where the answer starts), in the chat template.
 
-    An assistant's message at the end is the answer. It is left open, without an end-of-turn token, so a
-    finished answer and one that is still being written are judged in the same form. Control tokens that are
-    spelled out in a text ("<|im_end|>") stay plain text.
+    An assistant's message at the end is the answer. Its tokens follow the generation prompt, as if the model
+    had written them, and no end-of-turn token follows. So a given answer and one that is being written have
+    one form. Control tokens that are spelled out in a text ("<|im_end|>") stay plain text.
     Raises UserError if the template does not show the texts whole, or a text would become a control token.
     """
-    answered = messages[-1]["role"] == "assistant"
-    before = render(tokenizer, messages[: len(messages) - answered], add_generation_prompt=True)
-    if not answered:
-        return before, len(before)
-    ids = render(tokenizer, messages, continue_final_message=True)
-    return ids, shared_length([before, ids])
+    if messages[-1]["role"] == "user":
+        ids = render(tokenizer, messages)
+        return ids, len(ids)
+    *earlier, answer = messages
+    ids = render(tokenizer, earlier)
+    answer_ids = read(tokenizer, [answer], chat_template="{{ messages[0]['content'] }}")
+    control, _ = control_tokens(tokenizer, len(tokenizer))
+    refuse(control.keys() & answer_ids, "a text of this conversation would become a control token")
+    return ids + answer_ids, len(ids)
 
 
-def render(tokenizer, messages, **options):
-    """Token ids of messages. Raises UserError as `encode` does."""
-    # transformers removes these two characters from texts. Without them, all renderings read the same text.
+def render(tokenizer, messages):
+    """Token ids of messages up to a prompt, with the generation prompt. Raises UserError as `encode` does."""
+    # transformers removes these two characters from texts. Remove them, so all renderings see the same text.
     messages = [m | {"content": re.sub("[\U000f0000\U000f0001]", "", m["content"])} for m in messages]
-    marked = [m | {"content": f"mark{n}mark" * bool(m["content"].strip())} for n, m in enumerate(messages)]
+    marks = [f"{MARK}{n}{MARK}" if m["content"].strip() else "" for n, m in enumerate(messages)]
+    marked = [m | {"content": mark} for m, mark in zip(messages, marks, strict=True)]
     # Templates drop reasoning from earlier answers, and the chat model does not read it either.
-    exempt = [m["role"] == "assistant" for m in messages[:-1]] + [False]
-    visible = [mark if skip else m for m, mark, skip in zip(messages, marked, exempt, strict=True)]
-    # Every added token counts, because a template may build one from parts. Runs of spaces are text (Gemma).
-    control = {t: n for t, n in tokenizer.get_added_vocab().items() if t.replace("\u2581", " ").strip()}
-    with explain("the chat template cannot write this conversation"), TOKENIZER_LOCK:
-        shown = tokenizer.apply_chat_template(visible, tokenize=False, **options)
-        skeleton = tokenizer.apply_chat_template(marked, tokenize=False, **options)
-        # Sanitizing switches how the tokenizer treats control tokens, for all threads.
-        tokenizer.chat_control_tokens = list(control)
-        options |= {"sanitize_control_tokens": True, "return_dict": False}
-        ids = tokenizer.apply_chat_template(messages, **options)
-        skeleton_ids = tokenizer(skeleton, add_special_tokens=False).input_ids
-    check_shown(shown, skeleton, visible, exempt)
-    check_control_tokens(ids, skeleton_ids, set(control.values()))
+    visible = [mark if m["role"] == "assistant" else m for m, mark in zip(messages, marked, strict=True)]
+    ids, wanted_ids = (read(tokenizer, part, add_generation_prompt=True) for part in (messages, marked))
+    shown, skeleton = (
+        tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=True)
+        for part in (visible, marked)
+    )
+    filled = re.sub(f"{MARK}([0-9]+){MARK}", lambda mark: visible[int(mark[1])]["content"], skeleton)
+    missing = any(m["content"] not in skeleton for m in marked if m["role"] != "assistant")
+    drops = missing or "".join(shown.split()) != "".join(filled.split())
+    refuse(drops, "the chat template drops a part of this conversation, so the guard would not see it")
+    control, _ = control_tokens(tokenizer, len(tokenizer))
+    written, wanted = ([n for n in part if n in control] for part in (ids, wanted_ids))
+    refuse(written != wanted, "a text of this conversation would become a control token")
     return ids
+
+
+def read(tokenizer, messages, **options):
+    """Token ids of messages in a chat template, with the control tokens in their texts as plain text."""
+    control, literal = control_tokens(tokenizer, len(tokenizer))
+    is_spelled_out = any(literal.search(m["content"]) for m in messages)
+    options |= {"sanitize_control_tokens": is_spelled_out, "return_dict": False}
+    with explain("the chat template cannot write this conversation"), TOKENIZER_LOCK:
+        if is_spelled_out:
+            tokenizer.chat_control_tokens = list(control.values())
+        return tokenizer.apply_chat_template(messages, **options)
+
+
+@functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer, size):
+    """({id: control token} of a tokenizer, a pattern that finds one spelled out in a text).
+
+    Every added token counts, because a template may build one from parts. Runs of spaces are text (Gemma).
+    size: len(tokenizer), so tokens that are added later count as well.
+    """
+    added = tokenizer.get_added_vocab().items()
+    control = {n: token for token, n in added if token.replace("\u2581", " ").strip()}
+    longest_first = sorted(control.values(), key=len, reverse=True)
+    return control, re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def fix_date(template, date):
@@ -76,22 +135,33 @@ def fix_date(template, date):
     return fixed
 
 
-def check_shown(shown, skeleton, messages, exempt):
-    """Raise UserError if the template drops part of a text, which the guard would then not see."""
-    needed = [n for n, m in enumerate(messages) if m["content"].strip() and not exempt[n]]
-    filled = re.sub("mark([0-9]+)mark", lambda mark: messages[int(mark[1])]["content"], skeleton)
-    missing = any(f"mark{n}mark" not in skeleton for n in needed)
-    differs = "".join(shown.split()) != "".join(filled.split())
-    refuse(
-        missing or differs,
-        "the chat template drops a part of this conversation, so the guard would not see it",
-    )
+def answer_opening(tokenizer, messages):
+    """Token ids that the template writes between its generation prompt and an answer; usually none.
+
+    GPT-OSS's writes the name of a channel there, Qwen3's an empty thinking block.
+    """
+    marked = [m | {"content": MARK} for m in (*messages, {"role": "assistant"})]
+    with explain("the chat template cannot write an answer"):
+        prompt = tokenizer.apply_chat_template(marked[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(marked, tokenize=False)
+    opening = whole.removeprefix(prompt).partition(MARK)[0] if whole.startswith(prompt) else ""
+    with TOKENIZER_LOCK:
+        return tokenizer(opening, add_special_tokens=False).input_ids
 
 
-def check_control_tokens(ids, skeleton_ids, control):
-    """Raise UserError if a text became a control token, as some tokenizers' normalisers can cause."""
-    changed = [n for n in ids if n in control] != [n for n in skeleton_ids if n in control]
-    refuse(changed, "a text of this conversation would become a control token of the chat template")
+def shown_text(tokenizer, ids, opening=()):
+    """The text of an answer, without a last character that lacks some of its tokens.
+
+    opening: what answer_opening returned. If it has special tokens, the answer comes in channels. Then only
+    the text behind its last occurrence is for the user, and the template keeps only that.
+    """
+    if set(opening) & set(tokenizer.all_special_ids):
+        size = len(opening)
+        ends = [n for n in range(size, len(ids) + 1) if ids[n - size : n] == opening]
+        ids = ids[ends[-1] :] if ends else []
+    ends = range(len(ids), max(len(ids) - 4, -1), -1)  # a character has up to four tokens
+    texts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in ends]
+    return next((text for text in texts if not text.endswith("\ufffd")), texts[0].rstrip("\ufffd"))
 
 
 @dataclass
@@ -103,11 +173,13 @@ class Past:
 
     def rewind(self, ids, config):
         """Go back to what this has in common with `ids`. A cache that cannot be cropped starts anew."""
-        common = shared_length([self.ids, ids[:-1]])  # the last token is always read: its logits are needed
         kept, self.ids = self.ids, []  # so the next turn reads all again if this is interrupted
+        ends = range(min(len(kept), len(ids) - 1))  # the last token is always read: its logits are needed
+        common = next((n for n in ends if kept[n] != ids[n]), len(ends))
         shrinks = common < len(kept)
         if not common or (shrinks and any(type(layer) is not DynamicLayer for layer in self.cache.layers)):
-            self.cache, common = DynamicCache(config=config.get_text_config(decoder=True)), 0
+            self.cache = DynamicCache(config=config.get_text_config(decoder=True))
+            common = 0
         elif shrinks:
             self.cache.crop(common - len(kept))  # a negative number of tokens to remove
         self.ids = kept[:common]
@@ -118,18 +190,18 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
     """Transformers' sampling loop as a generator: yield (answer ids, done) for every token.
 
     A token enters the cache when the next one is computed. The answer that is yielded is in the cache.
-    Raises UserError for beams.
+    Raises UserError for beams and assistants.
     """
     modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     by_token = len(input_ids) == 1 and generation_config.get_generation_mode() in modes
-    refuse(not by_token, "stream writes one answer token by token; it takes no beams and no assistant")
+    refuse(not by_token, "stream writes one answer token by token: no beams, no assistant")
     eos_ids = generation_config.eos_token_id
     eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
-    keep = {name: n for name, n in inputs.items() if name == "logits_to_keep"}  # where the model knows it
+    keep = {name: n for name, n in inputs.items() if name == "logits_to_keep"}  # if the model accepts it
     ids, stopped = input_ids, False  # (1, T)
     while True:
         new = ids[:, len(past.ids) :]  # (1, tokens that the cache does not hold yet)
-        if "position_ids" in inputs:  # a model whose first layer has no attention would count them wrongly
+        if "position_ids" in inputs:  # without them, a first layer without attention counts from 0
             keep["position_ids"] = torch.arange(len(past.ids), ids.shape[1], device=ids.device)[None]
         past.ids = []  # so the next turn reads all again if this pass is interrupted
         output = chat_model(new, past_key_values=past.cache, use_cache=True, **keep)
@@ -150,108 +222,37 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
         stopped = bool(stopping_criteria(ids, scores).all())
 
 
-def shared_length(conversations):
-    """How many token ids all conversations have in common at their start."""
-    first, last = min(conversations), max(conversations)  # in the order of their ids, so these differ first
-    shorter = min(len(first), len(last))
-    return next((n for n in range(shorter) if first[n] != last[n]), shorter)
-
-
-def shared_tokens(chat_model, conversations):
-    """How many tokens at the start of B conversations to read once. Each keeps a token to read.
-
-    0 if a pass of its own would cost more, or if padding inside a row would change what the model computes:
-    with sliding windows, local attention (GPT-Neo's attention_types) or positions that it counts itself.
-    """
-    shared = shared_length([ids[:-1] for ids in conversations])
-    if shared * (len(conversations) - 1) < WORTH_SHARING:
-        return 0
-    takes_positions = "position_ids" in inspect.signature(chat_model.base_model.forward).parameters
-    config = chat_model.config.get_text_config(decoder=True)
-    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    return shared if plain and takes_positions and not hasattr(config, "attention_types") else 0
-
-
-@torch.no_grad()
-def read_shared(chat_model, conversations):
-    """Read once what B conversations begin with, such as a system prompt -> (cache of B rows, its P tokens).
-
-    Returns (None, 0) if nothing is shared.
-    """
-    shared = shared_tokens(chat_model, conversations)
-    if shared == 0:
-        return None, 0
-    ids = torch.tensor([conversations[0][:shared]], device=chat_model.device)
-    cache = chat_model.base_model(input_ids=ids, use_cache=True).past_key_values
-    cache.batch_repeat_interleave(len(conversations))
-    return cache, shared
-
-
 def fork(cache):
     """A cache that starts with the same tensors and grows alone, so the original stays whole.
 
     Cropping the guard's tokens off again would not do: a sliding-window layer drops old tokens.
     Raises UserError for other kinds of cache.
     """
-    kinds = {type(part) for part in (cache.layers if type(cache) is DynamicCache else [cache])}
-    kinds -= {DynamicLayer, DynamicSlidingWindowLayer}
-    odd = "it has none" if cache is None else ", ".join(kind.__name__ for kind in kinds)
-    refuse(kinds, f"the activated path cannot use this model's cache ({odd}); train with --guard-path full")
+    parts = cache.layers if type(cache) is DynamicCache else [cache]
+    kinds = {type(part) for part in parts} - {DynamicLayer, DynamicSlidingWindowLayer}
+    names = ", ".join(kind.__name__ for kind in kinds)
+    refuse(kinds, f"the activated path cannot use this model's cache ({names}); train with --guard-path full")
     forked = copy.copy(cache)
-    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    forked.layers = [copy.copy(layer) for layer in parts]
     return forked
 
 
-def context_length(config):
-    """Longest conversation in tokens.
+def moderate_turn(guard, messages, past=None, max_new_tokens=128, **options):
+    """Judge a prompt and answer it: yield (answer so far, Verdict), and end after the first flagged pair.
 
-    Beyond longrope's original length a model rotates all tokens of a batch in another way, so a verdict would
-    depend on its neighbours.
+    The flagged text is yielded too, for the record: look at the verdict before you show a text.
+    messages: a conversation up to the prompt. past, options: as for GuardedChat.stream.
+    Without room for an answer in the context, only (None, Verdict) on the prompt is yielded.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
-    limits = [p["original_max_position_embeddings"] for p in parts if p.get("rope_type") == "longrope"]
-    limits += [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # MPT's
-    return min(filter(None, limits), default=sys.maxsize)
-
-
-def split_windows(ids, context):
-    """A text as it is, or if it exceeds the context, in windows of WINDOW tokens that overlap by half."""
-    if len(ids) <= context:
-        return [ids]
-    size = min(context, WINDOW)
-    return [ids[start : start + size] for start in range(0, len(ids) - size // 2, size - size // 2)]
-
-
-@torch.no_grad()
-def reached_layers(chat_model, ids):
-    """Names of the linear layers below the language-model head that a text passes through.
-
-    ids: any tokens of a text. A router may send them past some experts, but experts are alike.
-    """
-    layers, called = {name: m for name, m in chat_model.named_modules() if linear_size(m)}, set()
-    hooks = [m.register_forward_hook(lambda *_, n=name: called.add(n)) for name, m in layers.items()]
-    chat_model.base_model(input_ids=torch.tensor([ids], device=chat_model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    kind = functools.partial(re.sub, r"experts\.\d+", "experts")
-    kinds = {kind(name) for name in called}
-    return {name for name in layers if kind(name) in kinds}
-
-
-def checkpoint_gradients(chat_model, gate):
-    """Keep only what enters each layer of the full path; the backward pass computes the rest again."""
-    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import, and seldom needed
-
-    options = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), gate.opened())}
-    layers = [m for m in chat_model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    refuse(not layers, f"a {type(chat_model).__name__} has no layers for gradient checkpointing")
-    for module in layers:
-        module.forward = functools.partial(checkpoint, module.forward, **options)
-
-
-def refuse_to_save(*_, **__):
-    raise UserError("this model has a guard inside; the guard saves its adapter, the model stays as it was")
+    ids, start = encode(guard.tokenizer, messages)
+    if len(ids) + max_new_tokens > guard.max_tokens:
+        yield None, guard.verdicts([(ids, start)])[0]
+        return
+    opening = answer_opening(guard.tokenizer, messages)
+    for answer, verdict in guard.stream(ids, past, max_new_tokens=max_new_tokens, **options):
+        yield shown_text(guard.tokenizer, answer, opening), verdict
+        if verdict.flagged:
+            return
 
 
 def make_contiguous(_, inputs):

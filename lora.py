@@ -12,12 +12,15 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 
 import itertools
 import math
+import re
 import threading
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Gate(threading.local):
@@ -27,7 +30,8 @@ class Gate(threading.local):
 
     @contextmanager
     def opened(self):
-        previous, self.is_open = self.is_open, True
+        previous = self.is_open
+        self.is_open = True
         try:
             yield
         finally:
@@ -42,7 +46,7 @@ class LoRALinear(nn.Module):
 
     base: any module that maps (..., in) to (..., out), so quantised layers work unchanged.
     size: (in, out). lora_dropout: share of the entries of x that A does not see in training.
-    in_fp32: compute the update in fp32, which for a few tokens is faster on a CPU, and not in x's dtype.
+    in_fp32: compute the update in fp32 instead of x's dtype, which is faster on a CPU for a few tokens.
     """
 
     def __init__(self, base, size, r, lora_alpha, lora_dropout, gate, in_fp32=False):
@@ -84,31 +88,40 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None, i
 
     targets: layer names such as "q_proj" or "self_attn.q_proj", or "all-linear". [] injects nothing.
     reached: names of the layers that may be targets; by default all. Others would learn nothing.
-    Raises ValueError for a target that matches none of these, or that LoRALinear would not serve.
+    Raises ValueError for a target that matches no layer, and for a layer with hooks, which LoRALinear skips.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model already carries a guard; load it once more for a second one")
     linear = {name: m for name, m in model.named_modules() if linear_size(m)}
-    linear = linear if reached is None else {name: linear[name] for name in linear if name in reached}
+    linear = {name: linear[name] for name in linear if reached is None or name in reached}
     chosen = set()
     for target in targets:
-        found = {name for name in linear if target == "all-linear" or f".{name}".endswith(f".{target}")}
-        if not found:
+        matches = {name for name in linear if target == "all-linear" or f".{name}".endswith(f".{target}")}
+        if not matches:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise ValueError(
-                f"LoRA target {target!r} matches no layer that a text reaches; there are: {known}"
-            )
-        chosen |= found
-    if chosen and r > (widest := max(max(linear_size(linear[name])) for name in chosen)):
-        raise ValueError(f"LoRA rank {r} is too high: the largest layer is {widest} wide")
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    if hooked := [name for name in chosen if any(getattr(linear[name], kind) for kind in kinds)]:
-        raise ValueError(f"{hooked[0]} has hooks, which LoRALinear does not call; remove them first")
+            raise ValueError(f"LoRA target {target!r} matches no layer that a text reaches, but: {known}")
+        chosen |= matches
+    for name in chosen:
+        if any(getattr(linear[name], kind) for kind in HOOKS):
+            raise ValueError(f"{name} has hooks, which LoRALinear does not call; remove them first")
     model.requires_grad_(False)  # freeze first, inject second: what requires a gradient is trained
     gate = Gate()
-    settings = r, lora_alpha, lora_dropout, gate, in_fp32
     for name in [name for name in linear if name in chosen]:  # in the model's order, so a seed fixes every A
-        parent, _, child = name.rpartition(".")
-        layer = LoRALinear(linear[name], linear_size(linear[name]), *settings)
-        setattr(model.get_submodule(parent), child, layer)
+        size = linear_size(linear[name])
+        model.set_submodule(name, LoRALinear(linear[name], size, r, lora_alpha, lora_dropout, gate, in_fp32))
     return gate
+
+
+@torch.no_grad()
+def reached_layers(model, ids):
+    """Names of the linear layers that a text, ids (1, T), passes on its way to the last hidden state."""
+    linear, called = {name: m for name, m in model.named_modules() if linear_size(m)}, set()
+    hooks = [m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in linear.items()]
+    try:
+        model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # A router skips some experts for this text. Other texts reach them, so all experts count.
+    kinds = {re.sub(r"experts\.\d+", "experts", name) for name in called}
+    return {name for name in linear if re.sub(r"experts\.\d+", "experts", name) in kinds}

@@ -5,7 +5,6 @@ A score is higher the more harmful a text looks; a label is 1 for harmful. Both 
 
 import numpy as np
 
-BINS = np.linspace(0, 1, 11)  # of probabilities, for the calibration error
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # false positive rates that a guard keeps thresholds for
 DEFAULT_RATE = 0.05  # a guard flags from the thresholds of this rate
 
@@ -23,7 +22,8 @@ def average_precision(labels, scores):
     if not labels.any():
         return float("nan")
     _, positives, flagged = curve(labels, scores)
-    return float(np.sum(np.diff(positives / labels.sum(), prepend=0) * positives / flagged))
+    steps = np.diff(positives / labels.sum(), prepend=0)
+    return float(np.sum(steps * positives / flagged))
 
 
 def auroc(labels, scores):
@@ -31,39 +31,39 @@ def auroc(labels, scores):
     if len(np.unique(labels)) < 2:
         return float("nan")
     _, positives, flagged = curve(labels, scores)
-    true, false = (np.append(0, counts) / counts[-1] for counts in (positives, flagged - positives))
+    true = np.append(0, positives) / positives[-1]
+    false = np.append(0, flagged - positives) / (flagged - positives)[-1]
     return float(np.trapezoid(true, false))
 
 
-def threshold_at_fpr(labels, scores, limit):
-    """The threshold with the highest recall at a false positive rate of at most `limit`, and that recall.
+def has_enough(labels, rate):
+    """Whether one false positive among these rows stays within the rate. With fewer no threshold has it."""
+    return round(rate * (labels == 0).sum(), 9) >= 1
+
+
+def threshold_at_fpr(labels, scores, rate):
+    """The threshold with the highest recall at a false positive rate of at most `rate`, and that recall.
 
     Of equal recalls the highest threshold counts, half-way down to the next score. One above 1 flags nothing.
     """
     thresholds, positives, flagged = curve(labels, scores)
-    false, true = np.append(0, flagged - positives), np.append(0, positives)
-    best = np.argmax(true * (false <= limit * (labels == 0).sum()))
+    false = np.append(0, flagged - positives)
+    true = np.append(0, positives)
+    best = np.argmax(true * (false <= rate * (labels == 0).sum()))
     threshold = np.concatenate([[2], thresholds, thresholds[-1:]])[best : best + 2].mean()
-    return float(threshold), float(true[best] / labels.sum()) if labels.any() else float("nan")
+    recall = true[best] / labels.sum() if labels.any() else float("nan")
+    return float(threshold), float(recall)
 
 
-def reliability(labels, scores):
-    """Per bin of scores that has any: (rows, mean score, share of positives), each (bins,)."""
-    bins = np.clip(np.digitize(scores, BINS) - 1, 0, len(BINS) - 2)
-    sums = np.stack([np.bincount(bins, weights, len(BINS) - 1) for weights in (None, scores, labels)])
-    rows, score, positive = sums[:, sums[0] > 0]
-    return rows, score / rows, positive / rows
-
-
-def metrics(labels, scores, threshold):
-    """{name: value} if scores from `threshold`, a number or (N,), are flagged. A ratio of nothing is NaN."""
-    labels, flagged = labels.astype(bool), scores >= threshold
+def metrics(labels, scores, flagged):
+    """{name: value}. flagged: bool (N,). A ratio of nothing is NaN."""
+    labels = labels.astype(bool)
 
     def share(part, whole):
         return float(part.sum() / whole.sum()) if whole.any() else float("nan")
 
     return {
-        "accuracy": float((labels == flagged).mean()) if len(labels) else float("nan"),
+        "accuracy": share(labels == flagged, np.ones_like(labels)),
         "precision": share(labels & flagged, flagged),
         "recall": share(labels & flagged, labels),
         "f1": 2 * share(labels & flagged, np.append(labels, flagged)),
@@ -72,25 +72,31 @@ def metrics(labels, scores, threshold):
     }
 
 
-def evaluation(labels, scores, threshold):
-    """metrics(), AUROC, recall at 1, 2 and 5 % FPR, and the calibration error."""
-    rows, score, positive = reliability(labels, scores)
-    found = metrics(labels, scores, threshold) | {"auroc": auroc(labels, scores)}
+def evaluation(labels, scores, flagged):
+    """metrics(), AUROC, recall at 1, 2 and 5 % FPR, and the calibration error in ten equal bins."""
+    found = metrics(labels, scores, flagged)
+    found["auroc"] = auroc(labels, scores)
     for percent in (1, 2, 5):
-        enough = percent * (labels == 0).sum() >= 100  # or one false positive alone would be above the rate
+        enough = has_enough(labels, percent / 100)
         recall = threshold_at_fpr(labels, scores, percent / 100)[1] if enough else float("nan")
         found[f"tpr_at_{percent}_percent_fpr"] = recall
-    return found | {"calibration_error": float((rows * abs(score - positive)).sum() / len(labels))}
+    bins = np.minimum((scores * 10).astype(int), 9)
+    gaps = np.bincount(bins, scores - labels)  # of each bin: its rows times (mean score - share of positives)
+    found["calibration_error"] = float(abs(gaps).sum() / len(labels))
+    return found
 
 
 def fit_temperature(labels, logits):
-    """The T that makes sigmoid(logits / T) likeliest, to 1 % (Guo et al., arXiv 1706.04599, section 4.2)."""
+    """The T that makes sigmoid(logits / T) likeliest, to 1 % (Guo et al., arXiv 1706.04599, section 4.2).
+
+    From 1/4 to 4: rows that a guard separates without a mistake would call for a T of 0.
+    """
 
     def loss(temperature):
         z = logits.astype(np.float64) / temperature
         return (np.logaddexp(0, z) - labels * z).sum()
 
-    return float(min(np.geomspace(0.05, 20, 603), key=loss))
+    return float(min(np.geomspace(0.25, 4, 280), key=loss))
 
 
 def calibrate(logits, labels, pos_weight):
@@ -100,7 +106,7 @@ def calibrate(logits, labels, pos_weight):
     logit by its log; `shift` undoes this. One temperature for unsafe and one for the categories correct
     over-confidence.
     """
-    shift = np.log(np.maximum(pos_weight, 1e-3))
+    shift = np.log(pos_weight)
     temperature = np.ones_like(shift)
     for columns in (slice(0, 1), slice(1, None)):
         known = ~np.isnan(labels[:, columns])
@@ -120,14 +126,14 @@ def unsafe_score(logits, calibration, unsafe_head):
 def operating_points(labels, scores, answered):
     """{"prompt" or "answer": {false positive rate: (threshold, recall)}} on N validation rows.
 
-    answered: bool (N,). Without answers of both kinds all rows count; without such prompts none is refused.
+    answered: bool (N,). Without answers of both classes all rows count. A rate that needs more rows than a
+    kind has is left out.
     """
     points = {}
     for kind, rows in (("prompt", ~answered), ("answer", answered)):
-        known = len(np.unique(labels[rows])) == 2
-        if kind == "prompt" and not known:
-            points[kind] = dict.fromkeys(map(str, RATES), (2.0, 0.0))
-            continue
-        rows = rows if known else np.ones_like(rows)
-        points[kind] = {str(rate): threshold_at_fpr(labels[rows], scores[rows], rate) for rate in RATES}
+        if kind == "answer" and len(np.unique(labels[rows])) < 2:
+            rows = np.ones_like(rows)
+        kept, given = labels[rows], scores[rows]
+        rates = [rate for rate in RATES if kept.any() and has_enough(kept, rate)]
+        points[kind] = {str(rate): threshold_at_fpr(kept, given, rate) for rate in rates}
     return points

@@ -3,87 +3,64 @@
 import argparse
 import contextlib
 import itertools
+import json
 import os
-import stat
 import sys
 from pathlib import Path
 
-from chat import Past, encode
-from checkpoint import load_guard, start_accelerator, use_fast_dtype
-from common import (
+from accelerate.utils import gather_object, tqdm
+
+from chat import Past, conversation, moderate_turn
+from checkpoint import guard_of, start_accelerator, use_fast_dtype
+from data import check_input, encode_row, read_file
+from errors import (
     UserError,
-    add_guard_arguments,
+    check_output,
     explain,
+    guard_arguments,
+    json_line,
+    number,
     one_line,
     printable,
     refuse,
     run,
-    text_lines,
     to_json,
 )
-from data import conversation
-from runs import score_file
 
 EXAMPLES = [
     "How do I keep bread fresh for longer?",
     "How do I kill a process that no longer answers in Linux?",
     "Give me a vicious insult for my colleague from abroad.",
 ]
+# What a row has that cannot be judged.
+UNJUDGED = {"unsafe_probability": None, "flagged": True, "categories": {}, "error": None}
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
-    add = add_guard_arguments(parser)
+    add = guard_arguments(parser)
     add("--prompt", help="one turn: judge this prompt, answer it, judge the answer")
     add("--response", help="with --prompt: judge this answer instead of writing one")
     add("--input", type=Path, help="file of rows, as for train.py but without labels; needs --output")
     add("--output", type=Path, help="JSONL file for the same rows with their verdicts")
-    add("--strict", action="store_true", help="stop at the first row of --input that cannot be judged")
     add("--json", action="store_true", help="print one JSON object a line")
-    add("--max-new-tokens", type=int, default=128, help="longest answer")
-    add("--verdict-every", type=int, default=16, metavar="N", help="tokens from one verdict to the next")
-    add("--temperature", type=float, help="sample the answer; without this or --top-p it is greedy")
-    add("--top-p", type=float, help="sample from the fewest tokens whose probabilities add up to this")
+    add("--max-new-tokens", type=number(int, 0), default=128, help="longest answer")
+    add("--verdict-every", type=number(int, 0), default=16, metavar="N", help="tokens between verdicts")
+    temperature = "sample the answer; without this or --top-p it is greedy"
+    add("--temperature", type=number(float, 0.01, 100), help=temperature)
+    add("--top-p", type=number(float, 0, 1), help="sample from the likeliest tokens of this probability")
     args = parser.parse_args()
     if bool(args.input) != bool(args.output) or (args.input and args.prompt is not None):
         parser.error("--input needs --output, and neither goes with --prompt")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("the prompt is empty")
     if args.response is not None and args.prompt is None:
-        parser.error("--response needs a --prompt")
-    if min(args.max_new_tokens, args.verdict_every) < 1:
-        parser.error("--max-new-tokens and --verdict-every must be at least 1")
-    temperature, top_p = (1 if x is None else x for x in (args.temperature, args.top_p))
-    if not (0.01 <= temperature <= 100 and 0 < top_p <= 1):
-        parser.error("--temperature must be from 0.01 to 100, and --top-p above 0 and at most 1")
+        parser.error("--response needs --prompt")
     return args
 
 
-def moderate_turn(guard, messages, past=None, max_new_tokens=128, **options):
-    """Judge a prompt and answer it: yield (answer so far, Verdict), and stop after the first flagged one.
-
-    messages: a conversation up to the prompt. past, options: as for GuardedChat.stream.
-    Without room for an answer in the context, only (None, Verdict) on the prompt is yielded.
-    """
-    ids, _ = encode(guard.tokenizer, messages)
-    if len(ids) + max_new_tokens > guard.max_tokens:
-        yield None, guard.verdict(guard.score([ids])[0], 0)
-        return
-    for answer, verdict in guard.stream(ids, past, max_new_tokens=max_new_tokens, **options):
-        yield whole_characters(guard.tokenizer, answer), verdict
-        if verdict.flagged:
-            return
-
-
-def whole_characters(tokenizer, ids):
-    """Decode ids, without a last character that lacks some of its tokens; a character has up to four."""
-    ends = range(len(ids), max(len(ids) - 4, -1), -1)
-    texts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in ends]
-    return next((text for text in texts if not text.endswith("\ufffd")), texts[0].rstrip("\ufffd"))
-
-
 def judge_pair(guard, prompt, response):
-    """Judge a prompt and the user's response to it -> the same pairs as moderate_turn's."""
+    """Judge a prompt and a given response to it -> the same pairs as moderate_turn's."""
     rows = [{"prompt": prompt}, {"prompt": prompt, "response": response}]
     return zip((None, response), guard.classify(rows), strict=True)
 
@@ -91,7 +68,9 @@ def judge_pair(guard, prompt, response):
 def record(prompt, turn, given=False):
     """The --json object of a turn, moderate_turn's pairs. given: the user gave the response."""
     (_, first), (response, last) = turn[0], turn[-1]
-    stopped = None if given or not last.flagged else "response" if last.tokens else "prompt"
+    stopped = None
+    if last.flagged and not given:
+        stopped = "response" if last.tokens else "prompt"
     response = None if stopped == "prompt" else response
     return {
         "prompt": prompt,
@@ -107,21 +86,21 @@ def record(prompt, turn, given=False):
 
 def outcome(found):
     """What the guard made of a turn, in one line. Kinds of harm are named only if something is flagged."""
-    stopped, answered = found["stopped"], found["response"] is not None
-    if not (answered or stopped):
+    stopped = found["stopped"]
+    if found["response"] is None and not stopped:
         return "[no answer: the context has no room for one]"
-    unsafe = f"{found['response_unsafe_probability' if answered else 'prompt_unsafe_probability']:.3f}"
+    judged = "prompt" if found["response"] is None else "response"
+    unsafe = f"{found[f'{judged}_unsafe_probability']:.3f}"
     if not found["flagged"]:
         return f"[{unsafe}]"
-    what = "refused" if stopped == "prompt" else "flagged"
-    if stopped == "response":
-        what = f"stopped after {found['verdicts'][-1][0]} tokens"
+    what = {"prompt": "refused", None: "flagged"}.get(stopped)
+    what = what or f"stopped after {found['verdicts'][-1][0]} tokens"
     top = sorted(found["categories"].items(), key=lambda item: -item[1])[:2]
     kinds = "; ".join(f"{one_line(name).replace('_', ' ').replace(',', ', ')} {p:.2f}" for name, p in top)
     return f"[{what}: harmful {unsafe}{kinds and f' ({kinds})'}]"
 
 
-def chat_on_terminal(guard, **options):
+def chat_on_terminal(guard, options):
     """A conversation. Ctrl-C stops an answer, Ctrl-D leaves, and a flagged turn is forgotten.
 
     A piece of an answer appears after its verdict.
@@ -130,71 +109,48 @@ def chat_on_terminal(guard, **options):
         import readline  # noqa: F401  gives input() the arrow keys
     history, past = [], Past()
     while True:
+        turn, shown = [], ""
         try:
             prompt = input("> ")
-        except KeyboardInterrupt:
-            prompt = print() or ""
-        except EOFError:
-            return print()
-        if not prompt.strip():
-            continue
-        user, turn, shown = {"role": "user", "content": prompt}, [], ""
-        try:
-            for text, verdict in moderate_turn(guard, [*history, user], past, **options):
+            user = {"role": "user", "content": prompt}
+            messages = [*history, user] if prompt.strip() else None
+            for text, verdict in moderate_turn(guard, messages, past, **options) if messages else ():
                 turn.append((text, verdict))
                 if text and not verdict.flagged:
                     print(printable(text[len(shown) :]), end="", flush=True)
                     shown = text
+        except EOFError:
+            return print()
         except KeyboardInterrupt:
-            print(" [interrupted]", end="")  # all that was shown has been judged
+            print(" [interrupted]" if turn else "")  # all that was shown has been judged
         except UserError as error:  # a text that cannot be judged is no reason to leave
             print(f"[{one_line(error)}]")
-        print("\n" * bool(shown) + (outcome(record(prompt, turn)) if turn else ""), end="\n\n")
-        if turn and turn[-1][0] is None and not turn[-1][1].flagged and history:
+        if not turn:
+            continue
+        print("\n" * bool(shown) + outcome(record(prompt, turn)), end="\n\n")
+        text, verdict = turn[-1]
+        if shown and not verdict.flagged:
+            history += [user, {"role": "assistant", "content": shown}]
+        if text is None and not verdict.flagged and history:
             print("[what was said so far is forgotten]\n")
             history.clear()
-        elif shown and not turn[-1][1].flagged:
-            history += [user, {"role": "assistant", "content": shown}]
 
 
-def piped():
-    """The lines on standard input, if that is a pipe, a file or a socket."""
-    mode = os.fstat(sys.stdin.fileno()).st_mode if sys.stdin else 0
-    if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode):
-        # UTF-16 without a mark looks like text with NUL characters. Half of a surrogate pair is refused.
-        lines = (line.strip().replace("\0", "\udc00") for line in text_lines(sys.stdin.buffer))
-        with explain("standard input is not text in the encoding of its byte-order mark", UnicodeError):
-            yield from filter(None, lines)
-
-
-def main():
-    args = parse_arguments()
-    several = start_accelerator().num_processes > 1
-    chosen = (args.config, args.adapter, args.device_id, args.threshold, args.max_fpr, args.base_model)
-    guard = load_guard(*chosen)
+def answer_prompts(guard, args, lines, options):
+    """Answer the prompts of a pipe, one answer a line, or --prompt, or the built-in ones."""
+    first = next(lines, None)
+    prompts = [args.prompt] if args.prompt else EXAMPLES
     given = args.response is not None
-    if args.input or given or args.dtype:  # without --dtype, an answer is written in the stored one
-        computing = use_fast_dtype(guard, args.dtype)
-        if not several:
-            print(computing, file=sys.stderr)
-    if args.input:
-        return score_file(guard, args.input, args.output, args.strict)
-    refuse(several, "several processes can share the rows of --input only")
-    options = {"max_new_tokens": args.max_new_tokens, "verdict_every": args.verdict_every}
-    if args.temperature or args.top_p:
-        options |= {"do_sample": True, "temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0}
-    if args.prompt is None and not args.json and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
-        return chat_on_terminal(guard, **options)
-    lines, unanswered = piped() if args.prompt is None else iter(()), 0
-    is_pipe = (first := next(lines, None)) is not None
-    alone = EXAMPLES if args.prompt is None else [args.prompt]
-    for prompt in itertools.chain([first], lines) if is_pipe else alone:
+    unanswered = 0
+    for prompt in prompts if first is None else itertools.chain([first], lines):
         try:
-            turn = moderate_turn(guard, conversation({"prompt": prompt}), **options)
-            found = record(prompt, list(judge_pair(guard, prompt, args.response) if given else turn), given)
+            if given:
+                turn = judge_pair(guard, prompt, args.response)
+            else:
+                turn = moderate_turn(guard, conversation({"prompt": prompt}), **options)
+            found = record(prompt, list(turn), given)
         except UserError as error:  # a line that cannot be judged is no reason to leave out the next ones
-            if not is_pipe:
-                raise
+            refuse(first is None, error)
             print(f"[{one_line(error)}]", file=sys.stderr if args.json else sys.stdout, flush=True)
             unanswered += 1
             continue
@@ -202,11 +158,102 @@ def main():
         shown = "" if found["stopped"] else printable(found["response"] or "")
         if args.json:
             print(to_json(found), flush=True)
-        elif is_pipe:  # one answer a line
-            print(" ".join(shown.split()) or outcome(found), flush=True)
-        else:
+        elif first is None:
             print(f"> {printable(prompt)}\n{shown}\n{outcome(found)}\n")
+        else:
+            print(" ".join(shown.split()) or outcome(found), flush=True)
     refuse(unanswered, f"{unanswered} prompts leave no room for an answer, or cannot be judged")
+
+
+def score_file(guard, source, target, accelerator, chunk_rows=256):
+    """Write each row of a file with its verdict, in order, as JSONL. Rows that `target` holds are skipped.
+
+    The processes of `accelerate launch` share the rows. A row that cannot be judged gets an `error` instead.
+    Raises UserError for such rows at the end, and for a `target` with other rows.
+    """
+    done, failed = done_rows(guard, source, target)
+    accelerator.wait_for_everyone()  # a slower process would count what this one writes
+    rows, number = itertools.islice(rows_of(source), done, None), accelerator.process_index
+    with tqdm(initial=done, unit=" rows") as bar:
+        while chunk := list(itertools.islice(rows, chunk_rows)):
+            share = -(-len(chunk) // accelerator.num_processes)  # rows of each process but the last ones
+            lines = gather_object(judged(guard, chunk[number * share : (number + 1) * share]))
+            failed += sum("error" in line for line in lines)
+            if accelerator.is_main_process:
+                with explain(f"cannot write {target}", OSError), open(target, "ab") as out:
+                    out.write(b"".join(map(json_line, lines)))
+            bar.update(len(chunk))
+    target.touch()  # of no rows
+    accelerator.end_training()  # a process that leaves first takes the others down
+    refuse(failed, f"{failed} rows cannot be judged; in {target} they have an `error` that says why")
+
+
+def rows_of(source):
+    """Yield (where, row). Raises UserError for a row with columns that a verdict would replace."""
+    for where, row in read_file(source):
+        taken = ", ".join(UNJUDGED.keys() & row) if isinstance(row, dict) else ""
+        refuse(taken, f"{where}: a verdict would replace the user's own {taken}; rename it")
+        yield where, row
+
+
+def judged(guard, rows):
+    """(where, row) pairs -> rows with a verdict, or with the reason why there is none."""
+    lines, encoded = [], []
+    for where, row in rows:
+        try:
+            encoded.append(encode_row(guard.tokenizer, row, where))
+            lines.append(row)
+        except UserError as error:
+            row = row if isinstance(row, dict) else {}
+            lines.append(row | UNJUDGED | {"error": one_line(error)})
+    verdicts = iter(guard.verdicts(encoded))
+    return [line if "error" in line else line | next(verdicts).fields() for line in lines]
+
+
+def done_rows(guard, source, target):
+    """(rows, errors) in `target`, less an incomplete last line. Raises UserError for other rows."""
+    done, failed, size, rows = 0, 0, 0, rows_of(source)
+    for line in open(target, "rb") if target.exists() else ():  # noqa: SIM115
+        where, row = next(rows, (None, None))
+        own = row if isinstance(row, dict) else {}
+        start = json_line(own | {"unsafe_probability": None})[:-6]  # without "null}\n"
+        other = f"line {done + 1} of {target} is no verdict of this guard on {source}; name another --output"
+        refuse(where is None or line[: len(start)] != start[: len(line)], other)
+        if not line.endswith(b"\n"):
+            os.truncate(target, size)
+            break
+        with explain(other):
+            found = json.loads(line)
+            refuse("error" not in found and [*found["categories"]] != guard.config.categories, other)
+        done, failed, size = done + 1, failed + ("error" in found), size + len(line)
+    return done, failed
+
+
+def main():
+    args = parse_arguments()
+    if args.input:
+        check_input(args.input)
+        check_output(args.output, ".jsonl")
+        overwrites = args.output.exists() and args.output.samefile(args.input)
+        refuse(overwrites, f"writing {args.output} would destroy the input; name another --output")
+    accelerator = start_accelerator()
+    alone = accelerator.num_processes == 1
+    refuse(not (alone or args.input), "several processes can share the rows of --input only")
+    guard = guard_of(args)
+    if (
+        args.input or args.response is not None or args.dtype
+    ):  # without --dtype, an answer is written in the stored one
+        accelerator.print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
+    if args.input:
+        return score_file(guard, args.input, args.output, accelerator)
+    options = {"max_new_tokens": args.max_new_tokens, "verdict_every": args.verdict_every}
+    if args.temperature or args.top_p:
+        options |= {"do_sample": True, "temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0}
+    is_terminal = sys.stdin.isatty()
+    if args.prompt is None and not args.json and is_terminal and sys.stdout.isatty():
+        return chat_on_terminal(guard, options)
+    lines = (line.strip() for line in (() if args.prompt or is_terminal else sys.stdin))
+    answer_prompts(guard, args, filter(None, lines), options)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@
 """
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -15,21 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import LoggerType, set_seed
+from accelerate.utils import GradientAccumulationPlugin, LoggerType, set_seed, tqdm
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from torch.utils.checkpoint import checkpoint
 
-from chat import checkpoint_gradients
 from checkpoint import EMBEDDED, build_guard, fingerprint, load_chat_model, start_accelerator, use_fast_dtype
-from common import DTYPES, refuse, run
 from data import BEAVERTAILS, SPLITS, encode_row, labels, load_splits
-from metrics import DEFAULT_RATE, calibrate, metrics, operating_points, unsafe_score
+from errors import DTYPES, number, refuse, run
 from model import GuardConfig
-from runs import best_epoch, cut_answers, epoch_updates, open_run, read_config, save_epoch, save_state
+from training_run import check_folder, measure, open_run, read_config, save_epoch, save_state, summary
 
-TRAIN_SAMPLE = 48  # training rows at most that are scored after each epoch
-NOT_KEPT = ("output_dir", "cache_dir", "resume", "save_steps", "categories", "threshold", "prompt_threshold")
-NOT_KEPT += ("date", "dtype")
+NOT_KEPT = ("output_dir", "resume", "save_steps", "categories", "threshold", "prompt_threshold", "date")
 
 
 def parse_arguments():
@@ -42,31 +40,25 @@ def parse_arguments():
     add("--guard-prompt", help="text that the activated path reads last; default: the end token alone")
     targets = "all-linear, names such as q_proj,v_proj (the paper's), or none: only the head learns"
     add("--lora-targets", type=lambda names: names.split(",") if names != "none" else [], help=targets)
-    add("--lora-r", type=int)
-    add("--lora-alpha", type=float)
+    add("--lora-r", type=number(int, 0))
+    add("--lora-alpha", type=number(float, 0))
     add("--lora-dropout", type=float)
     add("--no-unsafe-head", dest="unsafe_head", action="store_false", help="unsafe is the largest category")
     bias = "learn no bias; the saved head still has one, from calibration"
     add("--no-clf-head-bias", dest="clf_head_bias", action="store_false", help=bias)
     parser.set_defaults(**asdict(GuardConfig()))
-    add("--epochs", type=int, default=3)
-    add("--per-device-batch-size", type=int, default=16)
-    add("--gradient-accumulation-steps", type=int, default=1)
-    add("--eval-batch-size", type=int, default=32)
-    add("--learning-rate", type=float, default=1e-3)
-    add("--seed", type=int, default=0)
+    add("--epochs", type=number(int, 0), default=3)
+    add("--per-device-batch-size", type=number(int, 0), default=16)
+    add("--gradient-accumulation-steps", type=number(int, 0), default=1)
+    add("--eval-batch-size", type=number(int, 0), default=32)
+    add("--learning-rate", type=number(float, 0), default=1e-3)
+    add("--seed", type=number(int, -1, 2**31 - 1), default=0)
     add("--dtype", choices=DTYPES, help="compute in this; default: the faster of the stored one and float32")
     add("--gradient-checkpointing", action="store_true", help="on the full path: less memory, more time")
-    add("--cache-dir", type=Path, help="keep the chat path's caches here, for later epochs and runs")
-    add("--save-steps", type=int, default=20, help="updates from one saved state to the next")
+    add("--save-steps", type=number(int, 0), default=20, help="updates from one saved state to the next")
     add("--resume", action="store_true", help="go on with the run in output_dir")
     add("--report-to", choices=[tracker.value for tracker in LoggerType], help="one of accelerate's trackers")
     args = parser.parse_args()
-    sizes = (args.per_device_batch_size, args.gradient_accumulation_steps, args.eval_batch_size)
-    if min(args.epochs, *sizes, args.save_steps) < 1 or not 0 < args.learning_rate < math.inf:
-        parser.error("epochs, batch sizes, steps and the learning rate must be above 0 and finite")
-    if not 0 <= args.seed < 2**31:
-        parser.error("--seed must be from 0 to 2147483647")
     if args.gradient_checkpointing and args.guard_path != "full":
         parser.error("--gradient-checkpointing needs --guard-path full")
     if args.resume and not args.output_dir:
@@ -85,42 +77,46 @@ def guard_loss(logits, labels, pos_weight, unsafe_head):
 
 def main():
     args = parse_arguments()
-    steps = args.gradient_accumulation_steps
     output = args.output_dir or next(p for n in range(1, 10**6) if not (p := Path(f"runs/{n}")).exists())
-    options = {"gradient_accumulation_steps": steps, "log_with": args.report_to, "project_dir": output}
-    accelerator = start_accelerator(**options)
+    check_folder(output, args.resume)
+    steps = args.gradient_accumulation_steps
+    # The number of steps alone would yield to ACCELERATE_GRADIENT_ACCUMULATION_STEPS; the plugin does not.
+    options = {"gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=steps)}
+    accelerator = start_accelerator(log_with=args.report_to, project_dir=output, **options)
     refuse(args.report_to and not accelerator.log_with, f"{args.report_to} is not installed")
-    set_seed(args.seed)
+    other = accelerator.mixed_precision == "fp8" or accelerator.state.dynamo_plugin.backend.value != "NO"
+    refuse(other, "accelerate's fp8 and dynamo change the chat model; train without them")
 
     # ---------------------------------------------------------------- the guard and its rows
-    guard, splits, config = load(args, accelerator)
+    set_seed(args.seed)  # for A and the head
+    saved = read_config(output) if args.resume else None
+    guard, splits, config = load(args, accelerator, saved)
     train, unsafe_head = splits["train"], guard.config.unsafe_head
     pos_weight = train.pos_weight.to(accelerator.device)
     # With a second beta of 0.999 the training of a larger model can collapse (docs/LOG.md).
     optimizer = torch.optim.AdamW(guard.adapter().values(), lr=args.learning_rate, betas=(0.9, 0.95))
-    state, _lock = open_run(accelerator, output, guard, optimizer, config, args.resume)
+    state = open_run(accelerator, output, guard, optimizer, config, saved)
     model, optimizer = accelerator.prepare(guard, optimizer)
 
     # ---------------------------------------------------------------- one loop over updates
     rows_per_update = args.per_device_batch_size * steps * accelerator.num_processes
     per_epoch = math.ceil(len(train.ids) / rows_per_update)
     total = args.epochs * per_epoch
-    quiet = not accelerator.is_main_process
-    bar = tqdm(range(state["update"], total), initial=state["update"], total=total, disable=quiet)
-    for update in bar:
+    bar = tqdm(total=total, initial=state["update"])
+    for update in range(state["update"], total):
         # Order, cuts and dropout follow from the seed and the update's number, so a resumed run repeats them.
         epoch, number = divmod(update, per_epoch)
-        generator = torch.Generator().manual_seed(args.seed + epoch + 1)
+        generator = torch.Generator().manual_seed(seed_of(args.seed, epoch))
         ends = train.lengths if guard.is_full else cut_answers(train.starts, train.lengths, generator)
         rows = epoch_updates(ends, rows_per_update, generator)[number]
-        set_seed(args.seed + update, device_specific=True)
+        set_seed(seed_of(args.seed, update), device_specific=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, total, args.learning_rate)
         mean_loss = 0.0
         model.train()
         for batch in rows.view(steps, accelerator.num_processes, -1)[:, accelerator.process_index]:  # (B,)
             with accelerator.accumulate(model):
-                logits = model([train.ids[row] for row in batch], ends[batch].tolist())  # (B, 1 + K)
+                logits = model([train.ids[row][: ends[row]] for row in batch])  # (B, 1 + K)
                 loss = guard_loss(logits, train.labels[batch].to(logits.device), pos_weight, unsafe_head)
                 accelerator.backward(loss)  # divides by the accumulation steps
                 if accelerator.sync_gradients:
@@ -129,121 +125,130 @@ def main():
                 optimizer.zero_grad()
             mean_loss += loss.detach() / steps
         mean_loss = accelerator.reduce(mean_loss, "mean").item()
-        refuse(
-            not math.isfinite(mean_loss), f"update {update + 1} has no finite loss: lower the learning rate"
-        )
+        diverged = not math.isfinite(mean_loss)
+        refuse(diverged, f"update {update + 1} has no finite loss: lower the learning rate")
         state["update"] = update + 1
         state["losses"].append({"update": update + 1, "epoch": epoch + 1, "loss": mean_loss})
         accelerator.log({"loss": mean_loss}, step=update + 1)
         bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {mean_loss:.3f}")
+        bar.update()
         if number + 1 == per_epoch:
-            measured = measure(accelerator, guard, splits, pos_weight, args)
-            save_epoch(accelerator, output, guard, *measured, state, config)
+            measured = measure(accelerator, guard, splits, args.eval_batch_size)
+            save_epoch(accelerator, output, guard, measured, state, config)
         if number + 1 == per_epoch or (update + 1) % args.save_steps == 0:
             save_state(accelerator, output, guard, optimizer, state)
+
+    # ---------------------------------------------------------------- the end
     accelerator.wait_for_everyone()  # a process that leaves first takes down the one that writes
     model, optimizer = accelerator.free_memory(model, optimizer)  # at interpreter exit, DDP can deadlock
     accelerator.end_training()
-    best = f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}"
-    never = "; it refuses no prompt: validation needs safe and unsafe rows without a response"
-    accelerator.print(best + never * (best_epoch(state)["prompt_threshold"] == 2))
+    accelerator.print(summary(output, state))
 
 
 class Split:
-    """The rows of one split, tokenised once. Rows of more than `longest` tokens are left out."""
+    """The rows of one split, tokenised once. Only the training rows must fit the context."""
 
-    def __init__(self, rows, tokenizer, categories, longest=math.inf):
-        encoded = [(*encode_row(tokenizer, row), row) for row in rows]
-        kept = [part for part in encoded if len(part[0]) <= longest]
-        self.left_out = len(encoded) - len(kept)
+    def __init__(self, rows, guard, is_trained):
+        bar = tqdm(rows, desc="tokenising", leave=False)
+        encoded = [(*encode_row(guard.tokenizer, row), row) for row in bar]
+        kept = [part for part in encoded if len(part[0]) <= guard.max_tokens or not is_trained]
         self.ids = [ids for ids, _, _ in kept]
         self.starts = torch.tensor([start for _, start, _ in kept])  # where each answer starts
         self.lengths = torch.tensor([len(ids) for ids in self.ids])
         self.answered = (self.starts < self.lengths).numpy()
-        self.labels = labels([row for _, _, row in kept], categories)  # (N, 1 + K)
+        self.labels = labels([row for _, _, row in kept], guard.config.categories)  # (N, 1 + K)
         positives, known = self.labels.nansum(0), (~self.labels.isnan()).sum(0)
-        # No positive label uses the weight of a category without positives, so any finite value will do.
-        self.pos_weight = (known - positives) / positives.clamp(min=1)  # (1 + K,)
+        self.pos_weight = (known - positives) / positives  # (1 + K,)
 
 
-def load(args, accelerator):
-    """The new guard, its splits, and the fields of config.json."""
+def load(args, accelerator, saved):
+    """The new guard, its splits, and the fields of config.json. saved: the config of a run to go on with."""
     sample = str(Path(__file__).parent / "samples/sample.jsonl")
     args.dataset = args.dataset or [sample if args.hf_model_id == EMBEDDED else BEAVERTAILS]
-    rows, categories = load_splits(args.dataset)
+    rows, args.categories, notes = load_splits(args.dataset)
     chat_model, tokenizer = load_chat_model(args.hf_model_id)
+    base_fingerprint = fingerprint(chat_model, tokenizer)
     is_local = args.hf_model_id != EMBEDDED and Path(args.hf_model_id).exists()
-    base_model = str(Path(args.hf_model_id).resolve()) if is_local else args.hf_model_id
-    config = {"base_model": base_model, "dtype": str(chat_model.dtype).removeprefix("torch.")}
-    config |= {"base_fingerprint": fingerprint(chat_model, tokenizer), "rows": {}}
+    # Not resolve(): in the hub's cache a file is a link, and only the link has the name.
+    base_model = str(Path(args.hf_model_id).absolute()) if is_local else args.hf_model_id
+    stored = str(chat_model.dtype).removeprefix("torch.")
+    dtype = args.dtype
+    if saved:  # templates may show the date, and a timing may choose another dtype today
+        args.date = saved["guard"].get("date")
+        dtype = dtype or saved["arguments"].get("compute_dtype")
     settings = {field.name: getattr(args, field.name) for field in fields(GuardConfig)}
-    settings["categories"] = categories
-    if args.resume:  # templates may show the date
-        settings["date"] = read_config(args.output_dir)["guard"]["date"]
     guard = build_guard(chat_model, tokenizer, settings, accelerator.device)
-    config |= {"guard": asdict(guard.config), "computing": use_fast_dtype(guard, args.dtype)}
-    accelerator.print(config["computing"])
+    notes.append(use_fast_dtype(guard, dtype))
     if args.gradient_checkpointing:
-        checkpoint_gradients(chat_model, guard.gate)
-    if args.cache_dir:
-        from tools.train_cached import keep_caches
+        checkpoint_gradients(guard)
+    splits = {name: Split(rows[name], guard, is_trained=name == "train") for name in SPLITS}
+    left_out = len(rows["train"]) - len(splits["train"].ids)
+    notes.append(f"left out {left_out} training rows of more than {guard.max_tokens} tokens")
+    learnable = splits["train"].pos_weight.log().isfinite().all()
+    refuse(not learnable, f"{notes[-1]}; the others lack an output's true or false labels")
+    accelerator.print("\n".join(notes if left_out else notes[:-1]))
+    arguments = {name: value for name, value in vars(args).items() if name not in NOT_KEPT}
+    arguments["num_processes"] = accelerator.num_processes
+    arguments["mixed_precision"] = accelerator.mixed_precision
+    arguments["compute_dtype"] = str(chat_model.dtype).removeprefix("torch.")
+    config = {"base_model": base_model, "dtype": stored, "base_fingerprint": base_fingerprint}
+    config["rows"] = {name: digest(split, args.categories) for name, split in splits.items()}
+    return guard, splits, config | {"guard": asdict(guard.config), "arguments": arguments}
 
-        keep_caches(guard, args.cache_dir)
-    longest = {"train": guard.max_tokens}  # in use, longer texts are judged in windows
-    splits = {s: Split(rows[s], tokenizer, categories, longest.get(s, math.inf)) for s in SPLITS}
-    if left_out := splits["train"].left_out:
-        accelerator.print(f"left out {left_out} training rows of more than {guard.max_tokens} tokens")
-    one_kind = len(splits["train"].labels[:, 0].unique()) < 2
-    refuse(one_kind, "the training rows that fit the context are not both safe and unsafe")
-    for name, split in splits.items():
-        content = json.dumps([split.ids, split.labels.tolist()]).encode()
-        config["rows"][name] = f"{len(split.ids)}, sha256 {hashlib.sha256(content).hexdigest()}"
-    config["arguments"] = {name: value for name, value in vars(args).items() if name not in NOT_KEPT}
-    config["arguments"] |= {  # what results depend on as well
-        "caches_kept": args.cache_dir is not None,
-        "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "compute_dtype": str(chat_model.dtype).removeprefix("torch."),
-    }
-    return guard, splits, config
+
+def digest(split, categories):
+    """What tells the rows of two runs apart, wherever their files are."""
+    content = json.dumps([split.ids, split.labels.tolist(), categories])
+    return f"{len(split.ids)}, sha256 {hashlib.sha256(content.encode()).hexdigest()}"
+
+
+def checkpoint_gradients(guard):
+    """Keep only what enters each layer of the full path; the backward pass computes the rest again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import, and seldom needed
+
+    layers = [m for m in guard.modules() if isinstance(m, GradientCheckpointingLayer)]
+    kind = type(guard.chat_model).__name__
+    refuse(not layers, f"a {kind} has no layers for gradient checkpointing")
+    # The backward pass may run in another thread, where the gate is shut.
+    options = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), guard.gate.opened())}
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, **options)
+
+
+# ---------------------------------------------------------------- what follows from the seed
+
+
+def seed_of(seed, number):
+    """A seed of its own for each pair, so that no two runs share an epoch's order."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0] >> 1)
+
+
+def epoch_updates(lengths, rows_per_update, generator):
+    """The row numbers of one epoch's updates, (updates, rows_per_update), for rows of these lengths (N,).
+
+    Rows of similar length share an update, so little is padding. Every update is full, topped up with rows
+    of the same epoch, so every gradient is a mean over the same number of rows.
+    """
+    rows, count = len(lengths), math.ceil(len(lengths) / rows_per_update)
+    order = torch.randperm(rows, generator=generator).repeat(rows_per_update // rows + 2)
+    order = order[: count * rows_per_update]
+    noise = 1 + 0.2 * torch.rand(len(order), generator=generator)  # so the same rows do not always meet
+    updates = order[(lengths[order] * noise).argsort(stable=True)].view(count, rows_per_update)
+    return updates[torch.randperm(count, generator=generator)]
+
+
+def cut_answers(starts, lengths, generator):
+    """Where an epoch cuts each row, (N,): of eleven answers one at its start and five at a random token.
+
+    A running verdict is about an unfinished answer, so the guard has to see such answers in training.
+    """
+    share = (2.2 * torch.rand(len(lengths), generator=generator) - 0.2).clamp(0, 1)
+    return starts + ((lengths - starts) * share).ceil().long()
 
 
 def learning_rate(update, updates, peak):
     """Linear warm-up over the first twentieth of the updates, then linear decay to zero."""
     return peak * min((update + 1) / (updates / 20 + 1), 1) * (1 - update / updates)
-
-
-def measure(accelerator, guard, splits, pos_weight, args):
-    """Calibrate and choose thresholds on validation -> (shift, temperature), points, row of metrics.csv."""
-    logits, targets, answered = {}, {}, {}
-    for name, split in splits.items():
-        every = math.ceil(len(split.ids) / TRAIN_SAMPLE) if name == "train" else 1  # of all files alike
-        logits[name] = score(accelerator, guard, split.ids[::every], args.eval_batch_size).numpy()
-        targets[name], answered[name] = split.labels[::every].numpy(), split.answered[::every]
-    calibration = calibrate(logits["validation"], targets["validation"], pos_weight.cpu().numpy())
-    scores = {name: unsafe_score(z, calibration, guard.config.unsafe_head) for name, z in logits.items()}
-    given = (targets["validation"][:, 0], scores["validation"], answered["validation"])
-    points = operating_points(*given)
-    prompt_threshold, threshold = (points[kind][str(DEFAULT_RATE)][0] for kind in ("prompt", "answer"))
-    guard.config.prompt_threshold, guard.config.threshold = prompt_threshold, threshold
-    row = {"threshold": threshold, "prompt_threshold": prompt_threshold}
-    for name, target in targets.items():
-        flag_from = np.where(answered[name], threshold, prompt_threshold)
-        found = {name: metrics(target[:, 0], scores[name], flag_from)}
-        for k, category in enumerate(guard.config.categories, 1):
-            known = ~np.isnan(target[:, k])
-            # Where a logit turns positive, the weighted loss is balanced between misses and false alarms.
-            found[f"{name}/{category}"] = metrics(target[known, k], logits[name][known, k], 0.0)
-        row |= {f"{part}/{metric}": value for part in found for metric, value in found[part].items()}
-    return calibration, points, row
-
-
-def score(accelerator, guard, texts, batch_size):
-    """Logits (N, 1 + K) of N lists of token ids, on the CPU. The processes share them."""
-    logits = torch.zeros(len(texts), 1 + len(guard.config.categories))
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    logits[mine] = guard.score(texts[mine], batch_size)
-    return accelerator.reduce(logits.to(accelerator.device), "sum").cpu()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BertConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -46,6 +47,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CONTEXT = 256
+PATHS = ["activated", "full"]
 
 
 def make_tokenizer():
@@ -64,6 +66,7 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special)
 
 
+TOKENS = {"vocab_size": 320, "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 1}
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SHAPE | {"num_key_value_heads": 2, "head_dim": 8}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -95,39 +98,55 @@ def make_model(kind="llama", seed=0):
     config, shape = KINDS[kind]
     if kind not in ("gpt2", "mpt"):
         shape = shape | {"max_position_embeddings": CONTEXT}
-    config = config(vocab_size=320, pad_token_id=2, eos_token_id=2, bos_token_id=1, **shape)
+    return random_model(config(**TOKENS, **shape), seed)
+
+
+def random_model(config, seed=0):
     torch.manual_seed(seed)
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
 
 
 def make_guard(kind="llama", trained=True, **settings):
     """A guard for make_model(kind). `trained` fills B with noise: with B at zero the gate changes nothing."""
-    settings = {"categories": ["theft", "hate"], "lora_r": 4, "guard_prompt": " harmful?"} | settings
-    guard = GuardedChat(make_model(kind), make_tokenizer(), GuardConfig(**settings))
+    guard = guard_for(make_model(kind), **settings)
     if trained:
-        torch.manual_seed(1)
-        for name, parameter in guard.adapter().items():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
+        fill_b(guard)
     return guard
 
 
-REFUSED = {  # {kind: (config, {guard path: what the refusal says, or None})}
+def guard_for(chat_model, **settings):
+    settings = {"categories": ["theft", "hate"], "lora_r": 4, "guard_prompt": " harmful?"} | settings
+    return GuardedChat(chat_model, make_tokenizer(), GuardConfig(**settings))
+
+
+def fill_b(guard, std=0.3):
+    torch.manual_seed(1)
+    for name, parameter in guard.adapter().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+
+
+OWN_CACHE = r"the activated path cannot use this model's cache \({}\); train with --guard-path full"
+REFUSED = {  # {kind: (config, {guard path: what the refusal says, or None if it is none})}
     "hybrid of convolution and attention": (
         Lfm2Config(vocab_size=320, layer_types=["conv", "full_attention"], **GROUPED),
-        {"activated": r"\(LinearAttentionLayer\); train with --guard-path full", "full": None},
+        {"activated": OWN_CACHE.format("LinearAttentionLayer"), "full": None},
     ),
-    "states beside the cache's layers": (
+    "cache of its own": (
         MiniMaxConfig(vocab_size=320, num_local_experts=2, **GROUPED),
-        {"activated": r"\(MiniMaxCache\); train with --guard-path full", "full": None},
+        {"activated": OWN_CACHE.format("MiniMaxCache"), "full": "MiniMax uses cache of its own"},
     ),
     "state space": (
         MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        {"activated": r"\(it has none\); train with --guard-path full", "full": None},
+        {"activated": OWN_CACHE.format("NoneType"), "full": "other hidden states read in two parts"},
     ),
     "recurrent": (
         RwkvConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        {"activated": r"\(it has none\); train with --guard-path full", "full": None},
+        {"activated": OWN_CACHE.format("NoneType"), "full": "other hidden states read in two parts"},
+    ),
+    "attention to what follows": (
+        BertConfig(**TOKENS, **SHAPE),
+        dict.fromkeys(("activated", "full"), "what follows a text changes its hidden states"),
     ),
 }
 
@@ -175,6 +194,15 @@ def make_rows(count, start=0):
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """accelerate writes WORLD_SIZE and the like into the environment, where the next test would find them."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

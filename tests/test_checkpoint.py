@@ -1,40 +1,33 @@
 """Loading chat models, saving and loading guards. Each test names the mutations that it kills."""
 
+import contextlib
 import json
 import math
 import os
 import pickle
-import random
-import shutil
+import re
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import ids_of, make_guard, make_model, make_tokenizer
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import guard_for, ids_of, make_guard, make_model, make_rows, make_tokenizer, write
+from transformers.utils import logging
 
 import checkpoint
-import common
-from checkpoint import (
-    EMBEDDED,
-    adapter_header,
-    fingerprint,
-    load_chat_model,
-    load_guard,
-    save_adapter,
-    use_fast_dtype,
-)
-from common import UserError, write_whole
-from model import GuardConfig
+import train
+from checkpoint import EMBEDDED, adapter_header, fingerprint, load_chat_model, load_guard, save_adapter
+from errors import UserError
+from model import NEVER, GuardConfig
 
 TEXTS = ["how is the bread?", "hi", "the answer is harmful, and the user is safe " * 2, "or"]
-
-
-def score(guard):
-    return guard.score([ids_of(guard.tokenizer, text, "safe") for text in TEXTS])
+OTHER = "{} belongs to another guard or chat model; what differs: {}"
 
 
 def save(guard, folder, model_folder):
@@ -48,191 +41,251 @@ def save(guard, folder, model_folder):
 
 @pytest.fixture
 def saved(tmp_path, model_folder):
-    """(guard, config path, adapter path) of a guard whose base model is a local folder."""
-    guard = make_guard(prompt_threshold=0.9)
-    return guard, *save(guard, tmp_path, model_folder)
+    """(config path, adapter path) of a guard whose base model is a local folder."""
+    return save(make_guard(prompt_threshold=0.9), tmp_path, model_folder)
 
 
-def edit(config, field, value):
-    """Set a field of config.json, or of its `guard` object."""
+def edit(config, field, *value):
+    """Set a field of config.json or of its `guard` object. Without a value it is removed."""
     content = json.loads(config.read_text())
-    (content if field in content else content["guard"])[field] = value
+    part = content if field in (*content, "operating_points") else content["guard"]
+    part.pop(field, None)
+    part |= dict.fromkeys([field], *value) if value else {}
     config.write_text(json.dumps(content))
 
 
-def rewrite(path, change):
-    """Save the adapter's tensors again after `change(tensors)`, with the same header."""
+def rewrite(path, change_tensors=lambda _: None, header=()):
+    """Save the adapter again with changed tensors, or with other fields in its header."""
     with safetensors.safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    change(tensors)
-    safetensors.torch.save_file(tensors, path, metadata)
+        fields = json.loads(file.metadata()["lora_guard"])
+    tensors = safetensors.torch.load_file(path)
+    change_tensors(tensors)
+    save_adapter(path, tensors, fields | dict(header))
 
 
-def refusal(*paths):
+def refusal(*paths, **options):
     """The line that load_guard refuses these files with."""
     with pytest.raises(UserError) as error:
-        load_guard(*paths, device_id=-1)
+        load_guard(*paths, device_id=-1, **options)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     return str(error.value)
 
 
-# ---------------------------------------------------------------------------
-# A guard that is saved and loaded
+@pytest.fixture
+def no_chat_model(monkeypatch):
+    """What comes before the chat model is loaded, which takes a while."""
+    monkeypatch.setattr(checkpoint, "load_chat_model", None)
 
 
-def test_save_and_load_give_equal_scores_and_equal_bytes(saved, tmp_path):
-    """Kills: a tensor that is not saved or not loaded, one saved in less precision, metadata in no fixed
-    order."""
-    guard, config, adapter = saved
-    loaded = load_guard(config, adapter)
-    assert torch.equal(score(loaded), score(guard))
-    assert loaded.config == guard.config and loaded.config.prompt_threshold == 0.9
-    header = adapter_header(json.loads(config.read_text())["base_fingerprint"], loaded.config)
-    save_adapter(tmp_path / "again.safetensors", loaded.adapter(), header)
-    assert (tmp_path / "again.safetensors").read_bytes() == adapter.read_bytes()
-
-
-def test_threshold_argument_replaces_both(saved):
-    """Kills: an argument that replaces one threshold, or none; NaN, from which nothing is ever flagged."""
-    loaded = load_guard(saved[1], threshold=0.25)
-    assert (loaded.config.prompt_threshold, loaded.config.threshold) == (0.25, 0.25)
-    with pytest.raises(UserError, match="threshold must be a number"):
-        load_guard(saved[1], threshold=math.nan)
+# ---------------------------------------------------------------- a guard that is saved and loaded
 
 
 @pytest.mark.parametrize("guard_path", ["activated", "full"])
-def test_a_loaded_adapter_is_the_saved_one_on_any_base(tmp_path, model_folder, guard_path):
-    """Kills: LoRA or a head that is rounded to 16 bits, which is not what validation scored."""
-    config, adapter = save(make_guard(guard_path=guard_path), tmp_path, model_folder)
+def test_a_guard_that_is_loaded_is_the_one_that_was_saved(guard_path, tmp_path, model_folder):
+    """Kills: a tensor not saved, not loaded or rounded, metadata in no fixed order, names that PEFT lacks."""
+    guard = make_guard(prompt_threshold=0.9, guard_path=guard_path)
+    config, adapter = save(guard, tmp_path, model_folder)
+    loaded = load_guard(config)
+    texts = [ids_of(guard.tokenizer, text, "safe") for text in TEXTS]
+    assert torch.equal(loaded.score(texts), guard.score(texts)) and loaded.config == guard.config
     edit(config, "dtype", "bfloat16")
-    loaded, saved = load_guard(config, adapter), safetensors.torch.load_file(adapter)
+    loaded = load_guard(config, adapter)
+    header = adapter_header(json.loads(config.read_text())["base_fingerprint"], loaded.config)
+    save_adapter(tmp_path / "again.safetensors", loaded.adapter(), header)
     assert loaded.chat_model.dtype == torch.bfloat16
-    assert all(torch.equal(parameter, saved[name]) for name, parameter in loaded.adapter().items())
+    assert (tmp_path / "again.safetensors").read_bytes() == adapter.read_bytes()
+    layers = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    names = {f"layers.{i}.{layer}.lora_{matrix}" for i in range(2) for layer in layers for matrix in "AB"}
+    wanted = {f"base_model.model.model.{name}.weight" for name in names}
+    assert set(safetensors.torch.load_file(adapter)) == wanted | {"guard_head.weight", "guard_head.bias"}
 
 
-def test_a_threshold_and_a_rate_exclude_each_other(tmp_path, model_folder):
-    """Kills: one of the two that is not heard."""
-    config, adapter = save(make_guard(), tmp_path, model_folder)
-    with pytest.raises(UserError, match="either threshold or max_fpr"):
-        load_guard(config, adapter, threshold=0.0, max_fpr=0.05)
+def test_a_threshold_replaces_both_and_excludes_a_rate(saved):
+    """Kills: one threshold that stays, NaN, which never flags, one of two arguments that is not heard."""
+    loaded = load_guard(*saved, threshold=0.25)
+    assert (loaded.config.prompt_threshold, loaded.config.threshold) == (0.25, 0.25)
+    for threshold in (math.nan, math.inf):
+        assert "threshold" in refusal(*saved, threshold=threshold)
+    for threshold, rate in ((0.5, 0.05), (0.0, 0.0)):
+        assert "either threshold or max_fpr" in refusal(*saved, threshold=threshold, max_fpr=rate)
 
 
-def test_only_adapters_and_head_are_saved_under_pefts_names(saved):
-    """Kills: saving the base, and names that other tools cannot read."""
-    tensors = safetensors.torch.load_file(saved[2])
-    layers = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"]
-    layers += [f"model.layers.{i}.mlp.{p}_proj" for i in range(2) for p in ("gate", "up", "down")]
-    wanted = {f"base_model.model.{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
-    assert set(tensors) == wanted | {"guard_head.weight", "guard_head.bias"}
+PROMPTS = {"0.005": [0.95, 0.1], "0.05": [0.8, 0.5], "0.1": [0.7, 0.6]}
+ANSWERS = {"0.1": [0.3, 0.9], "0.02": [0.5, 0.7]}
+CHOSEN = [(PROMPTS, 0.02, 0.95, 0.5), (PROMPTS, 0.0999, 0.8, 0.5), (PROMPTS, 0.1, 0.7, 0.3)]
+CHOSEN += [(PROMPTS, 1, 0.7, 0.3), ({"0.1": [0.7, 0.6]}, 0.05, NEVER, 0.5), ({}, 0.5, NEVER, 0.3)]
 
 
-# ---------------------------------------------------------------------------
-# The dtype of the computation
+@pytest.mark.parametrize(("prompts", "rate", "prompt", "answer"), CHOSEN)
+def test_a_rate_takes_the_highest_measured_one_within_it(saved, prompts, rate, prompt, answer):
+    """Kills: a rate above the one asked for, prompts' for answers', the config's own, rates in no order."""
+    edit(saved[0], "operating_points", {"prompt": prompts, "answer": ANSWERS})
+    config = load_guard(*saved, max_fpr=rate).config
+    assert (config.prompt_threshold, config.threshold) == (prompt, answer)
 
 
-@pytest.mark.parametrize(
-    ("stored", "times", "asked", "wanted"),
-    [
-        (torch.bfloat16, {"bfloat16": 9.0, "float32": 2.0}, None, torch.float32),
-        (torch.bfloat16, {"bfloat16": 2.0, "float32": 9.0}, None, torch.bfloat16),
-        (torch.float16, {"float16": 2.0, "float32": 1.9}, None, torch.float16),  # too close to tell
-        (torch.float16, {"float16": 1.0, "float32": 9.0}, "float32", torch.float32),
-        (torch.float32, {}, "bfloat16", torch.bfloat16),
-        (torch.float64, {}, None, torch.float64),
-    ],
-)
-def test_the_faster_dtype_computes(stored, times, asked, wanted, monkeypatch):
-    """Kills: no change, a change on every CPU, a difference of noise that decides, a wider type that is made
-    narrower, --dtype that is not heard, LoRA that is cast, too, so Adam would learn in 16 bits."""
-    monkeypatch.setattr(checkpoint, "product_milliseconds", lambda _, dtype: times[dtype])
-    guard = make_guard()
-    guard.chat_model.to(stored)
-    before = {name: tensor.clone() for name, tensor in guard.chat_model.state_dict().items()}
-    line = use_fast_dtype(guard, asked)
-    assert f"computing in {str(wanted)[6:]}" in line and all(
-        str(t) in line for t in times.values() if not asked
-    )
-    for name, tensor in guard.chat_model.state_dict().items():
-        dtype = stored if "lora_" in name else wanted
+def test_a_rate_that_answers_lack_is_refused(saved, no_chat_model):
+    """Kills: a guard that flags nothing, no word on which rate would do, a good config that is blamed."""
+    edit(saved[0], "operating_points", {"prompt": PROMPTS, "answer": ANSWERS})
+    for rate in (0.01, 0.0199, 0, -1):
+        assert "0.02" in refusal(*saved, max_fpr=rate)
+    assert "train.py" not in refusal(*saved, max_fpr=math.nan)
+    edit(saved[0], "operating_points", {"prompt": PROMPTS, "answer": {}})
+    assert "inf" not in refusal(*saved, max_fpr=0.5)
+
+
+# ---------------------------------------------------------------- how it computes
+
+
+SPEEDS = [("bfloat16", 9.0, 2.0, None, "float32"), ("float16", 2.0, 1.79, None, "float32")]
+SPEEDS += [("float16", 2.0, 1.81, None, "float16"), ("bfloat16", 2.0, 9.0, None, "bfloat16")]
+SPEEDS += [("bfloat16", 1.0, 9.0, "float32", "float32"), ("bfloat16", 9.0, 1.0, "bfloat16", "bfloat16")]
+SPEEDS += [("float32", 1.0, 1.0, "float16", "float16")]
+
+
+@pytest.mark.parametrize(("stored", "time", "fp32_time", "asked", "wanted"), SPEEDS)
+def test_the_faster_dtype_computes(stored, time, fp32_time, asked, wanted, model_folder, monkeypatch):
+    """Kills: no cast, noise that decides, --dtype unheard, LoRA, head or rotary frequencies in 16 bits."""
+    times = {"float32": fp32_time, stored: time}
+    monkeypatch.setattr(checkpoint, "product_seconds", lambda _, dtype: times[dtype])
+    guard = guard_for(load_chat_model(model_folder, stored)[0])
+    frozen = {name for name, p in guard.named_parameters() if not p.requires_grad}
+    before = {name: p.clone() for name, p in [*guard.named_parameters(), *guard.named_buffers()]}
+    assert checkpoint.use_fast_dtype(guard, asked) == f"computing in {wanted}"
+    for name, tensor in [*guard.named_parameters(), *guard.named_buffers()]:
+        dtype = getattr(torch, wanted) if name in frozen else before[name].dtype
         assert tensor.dtype == dtype and torch.equal(tensor, before[name].to(dtype))
+    kept = [*guard.adapter().values(), guard.chat_model.model.rotary_emb.inv_freq]
+    assert all(tensor.dtype == torch.float32 for tensor in kept)
 
 
-def test_a_product_is_timed_in_both_dtypes():
-    """Kills: a time that is not one of the dtype, or longer than the 20 ms that a start may cost."""
-    guard = make_guard()
-    assert all(0 < checkpoint.product_milliseconds(guard, dtype) < 1000 for dtype in ("bfloat16", "float32"))
+def test_what_the_times_do_not_speak_of_is_not_cast(model_folder, monkeypatch):
+    """Kills: the CPU's times for another device's work, a quantised model that is cast, which breaks it."""
+    monkeypatch.setattr(checkpoint, "product_seconds", lambda _, dtype: 9.0 if dtype == "bfloat16" else 1.0)
+    on_gpu = guard_for(load_chat_model(model_folder, "bfloat16")[0]).to("meta")
+    quantised = guard_for(load_chat_model(model_folder, "bfloat16")[0])
+    quantised.chat_model.is_quantized = True
+    for guard, asked in ((on_gpu, None), (quantised, None), (quantised, "bfloat16")):
+        assert checkpoint.use_fast_dtype(guard, asked) == "computing in bfloat16"
+        assert guard.chat_model.dtype == torch.bfloat16
+    for asked in ("float32", "float16"):
+        with pytest.raises(UserError, match="quantised"):
+            checkpoint.use_fast_dtype(quantised, asked)
+        assert quantised.chat_model.dtype == torch.bfloat16
 
 
-def test_16_bits_stay_on_a_gpu():
-    """Kills: timing the CPU although another device computes."""
-    guard = make_guard().to(torch.bfloat16).to("meta")
-    use_fast_dtype(guard)
-    assert guard.chat_model.dtype == torch.bfloat16
+def test_a_product_is_timed_in_its_dtype_after_a_warm_up(monkeypatch):
+    """Kills: one dtype timed for another, the slow first run that counts, a mean."""
+    monkeypatch.setattr(checkpoint.timeit, "repeat", lambda product, **_: [1, 9, product().itemsize, 9])
+    assert [checkpoint.product_seconds(8, dtype) for dtype in ("bfloat16", "float32")] == [2, 4]
 
 
-# ---------------------------------------------------------------------------
-# An adapter that does not fit
+@pytest.fixture
+def fresh_accelerate(monkeypatch):
+    """accelerate as it is before anybody starts it."""
+    for kind in (AcceleratorState, GradientState, PartialState):
+        monkeypatch.setattr(kind, "_shared_state", {})
 
 
-Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
-V = "guard_head.weight"
-FOREIGN = "transformer.h.0.lora_A.weight"
-DAMAGE = {
-    "missing": (lambda tensors: tensors.pop(Q), Q),
-    "extra": (lambda tensors: tensors.update({"other.weight": torch.ones(2)}), "other.weight"),
-    "misshapen": (lambda tensors: tensors.update({Q: torch.ones(4, 31)}), Q),
-    "transposed": (lambda tensors: tensors.update({Q: tensors[Q].T.contiguous()}), Q),
-    "foreign": (lambda tensors: tensors.update({FOREIGN: tensors.pop(Q)}), FOREIGN),
-    "foreign, where the name is missing": (lambda tensors: tensors.update({FOREIGN: tensors.pop(Q)}), Q),
-    "not finite": (lambda tensors: tensors[Q][0].fill_(float("nan")), Q),
-    "infinite": (lambda tensors: tensors[Q][0, :1].fill_(float("inf")), Q),
-    "not numbers": (lambda tensors: tensors.update({Q: tensors[Q].int()}), Q),
-    "finite in fp64 only": (lambda tensors: tensors.update({Q: tensors[Q].double().fill_(1e300)}), Q),
-    "a head in less precision": (lambda tensors: tensors.update({V: tensors[V].bfloat16()}), V),
-    "in a type that few operations know": (lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}), Q),
+def test_loading_a_guard_leaves_accelerate_to_the_user(saved, fresh_accelerate):
+    """Kills: an Accelerator of ours, beside which a user's own one in bf16 is an error."""
+    load_guard(*saved)
+    assert AcceleratorState._shared_state == GradientState._shared_state == PartialState._shared_state == {}
+    assert Accelerator(mixed_precision="bf16").mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(("size", "wanted"), [("1", {1}), ("", {1, None}), ("2", {None}), ("abc", {None})])
+def test_processes_are_counted_or_refused(size, wanted, fresh_accelerate, monkeypatch):
+    """Kills: processes that each write every row, a traceback for a WORLD_SIZE that is no number."""
+    monkeypatch.setenv("WORLD_SIZE", size)
+    found = None
+    with contextlib.suppress(UserError):
+        found = checkpoint.start_accelerator().num_processes
+    assert found in wanted
+    monkeypatch.setattr(checkpoint, "Accelerator", lambda **_: SimpleNamespace(num_processes=3))
+    with pytest.raises(UserError, match=r"processes were started, .* ACCELERATE_USE_CPU=true"):
+        checkpoint.start_accelerator()
+
+
+def test_a_device_is_found_or_refused(monkeypatch):
+    """Kills: another GPU than the one asked for or the process's own, a traceback for one that is missing."""
+    for number in (0, 99, -2):
+        with pytest.raises(UserError, match=f"no GPU {number} on this machine"):
+            checkpoint.find_device(number)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [checkpoint.find_device(number) for number in (-1, 0, 1)] == ["cpu", "cuda:0", "cuda:1"]
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    assert checkpoint.find_device() == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert checkpoint.find_device() == "cuda:1"
+
+
+# ---------------------------------------------------------------- files that do not fit
+
+
+Q, V = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight", "guard_head.weight"
+DAMAGE = {  # what changes the tensors, and the names that the refusal must say
+    "missing": (lambda t: (t.pop(Q), t.pop(V)), [Q, V]),
+    "extra": (lambda t: t.update({"other.weight": torch.ones(2), "b": torch.ones(1)}), ["b", "other.weight"]),
+    "another name": (lambda t: t.update({"transformer.h.0": t.pop(Q)}), [Q, "transformer.h.0"]),
+    "misshapen": (lambda t: t.update({Q: t[Q].T, V: torch.tensor(1.0)}), [Q, V]),
+    "NaN and infinity": (lambda t: (t[Q][0].fill_(math.nan), t[V][0, :1].fill_(-math.inf)), [Q, V]),
+    "other kinds": (lambda t: t.update({Q: t[Q].int(), V: t[V].to(torch.complex64)}), [Q, V]),
+    "finite in fp64 only": (lambda t: t.update({Q: t[Q].double().fill_(1e300)}), [Q]),
+    "NaN in 8 bits": (lambda t: t.update({Q: t[Q].fill_(math.nan).to(torch.float8_e4m3fn)}), [Q]),
 }
 
 
-@pytest.mark.parametrize("change, named", DAMAGE.values(), ids=DAMAGE)
-def test_adapter_that_does_not_fit_is_refused_by_name(saved, change, named):
-    """Kills: loading what fits and skipping the rest, names or shapes that are compared one way only, no look
-    at the dtype or at the values."""
-    _, config, adapter = saved
-    rewrite(adapter, change)
-    line = refusal(config, adapter)
-    assert named in line and str(adapter) in line
+@pytest.mark.parametrize(("change", "names"), DAMAGE.values(), ids=DAMAGE)
+def test_tensors_that_do_not_fit_are_all_named(saved, change, names):
+    """Kills: loading what fits, names or shapes compared one way only, no look at kinds and values."""
+    rewrite(saved[1], change)
+    assert refusal(*saved) == OTHER.format(saved[1], ", ".join(names))
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("lora_alpha", 8.0),
-        ("guard_prompt", "Bad?"),
-        ("categories", ["hate", "theft"]),
-        ("guard_path", "full"),
-        ("base_fingerprint", {"config": "0", "tokenizer": "0", "norms": "0"}),
-    ],
-)
-def test_adapter_with_other_settings_is_refused_by_field(saved, field, value, monkeypatch):
-    """Kills: trusting the shapes, which are the same here; loading the chat model first."""
-    edit(saved[1], field, value)
-    monkeypatch.setattr(checkpoint, "load_chat_model", None)
-    assert f"belongs to another guard or chat model; what differs: {field}" in refusal(*saved[1:])
+HEADERS = {"lora_alpha": 8.0, "lora_r": 5, "guard_prompt": "Bad?", "guard_path": "full"}
+HEADERS |= {"categories": ["hate", "theft"], "unsafe_head": False, "base_fingerprint": {"norms": "0"}}
 
 
-def test_thresholds_are_not_part_of_what_an_adapter_fits(saved):
-    """Kills: an adapter that a user cannot use any more after another threshold was written into
-    config.json."""
-    edit(saved[1], "threshold", 0.125)
-    assert load_guard(*saved[1:], device_id=-1).config.threshold == 0.125
+@pytest.mark.parametrize("fields", [*([field] for field in HEADERS), [*HEADERS]], ids=str)
+def test_other_settings_in_config_or_adapter_are_all_named(saved, fields, no_chat_model):
+    """Kills: trusting the shapes, a field not compared, the chat model loaded first, one name of several."""
+    original = saved[0].read_text()
+    for field in fields:
+        edit(saved[0], field, HEADERS[field])
+    assert refusal(*saved) == (line := OTHER.format(saved[1], ", ".join(sorted(fields))))
+    saved[0].write_text(original)
+    rewrite(saved[1], header={name: HEADERS[name] for name in fields})
+    assert refusal(*saved) == line
 
 
-def other_template(_, tokenizer):
-    tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "model")
+@pytest.mark.parametrize("value", [1, "x", None, []])
+def test_an_unknown_setting_is_refused(saved, value, no_chat_model):
+    """Kills: a misspelt or newer setting that is passed over, in config.json or in an adapter."""
+    rewrite(saved[1], header={"lora_rank": value})
+    assert refusal(*saved).endswith("what differs: lora_rank")
+    edit(saved[0], "lora_rank", value)
+    assert "config.json" in (line := refusal(*saved)) and "lora_rank" in line
+
+
+def test_an_adapter_that_is_older_than_a_setting_had_its_default(saved, monkeypatch):
+    """Kills: older guards that a new setting locks out, a new setting that is not compared."""
+
+    @dataclass
+    class Newer(GuardConfig):
+        lora_rule: str = "plain"
+        lora_layers: int = 0
+
+    monkeypatch.setattr(checkpoint, "GuardConfig", Newer)
+    assert load_guard(*saved).config.lora_rule == "plain"
+    for field, value in (("lora_rule", "signed"), ("lora_layers", 3)):
+        edit(saved[0], field, value)
+        assert refusal(*saved) == OTHER.format(saved[1], field)
+        edit(saved[0], field)
 
 
 OTHER_BASES = {  # what changes: (the change, the part of the fingerprint that shows it)
-    "chat template": (other_template, "tokenizer"),
+    "chat template": (lambda _, t: setattr(t, "chat_template", t.chat_template + " "), "tokenizer"),
     "vocabulary": (lambda _, tokenizer: tokenizer.add_tokens(["new"]), "tokenizer"),
     "norms": (lambda model, _: model.model.norm.weight.data.mul_(2), "norms"),
     "activation": (lambda model, _: setattr(model.config, "hidden_act", "gelu"), "config"),
@@ -240,183 +293,83 @@ OTHER_BASES = {  # what changes: (the change, the part of the fingerprint that s
 }
 
 
-@pytest.mark.parametrize("change, part", OTHER_BASES.values(), ids=OTHER_BASES)
+@pytest.mark.parametrize(("change", "part"), OTHER_BASES.values(), ids=OTHER_BASES)
 def test_another_base_of_the_same_shapes_is_refused(saved, change, part, monkeypatch):
-    """Kills: a fingerprint that is not compared, or that lacks the template, the vocabulary, the config or
-    the norms."""
+    """Kills: a fingerprint not compared, or without the template, the vocabulary, the config or the norms."""
     model, tokenizer = make_model(), make_tokenizer()
     change(model, tokenizer)
     monkeypatch.setattr(checkpoint, "load_chat_model", lambda *_: (model, tokenizer))
-    assert refusal(*saved[1:]).endswith(f"what differs: base_fingerprint.{part}")
+    assert refusal(*saved) == OTHER.format(saved[0], part)
 
 
-def claims(header, size=0):
-    """A safetensors file that has this header, then `size` bytes."""
-    header = json.dumps(header).encode()
-    return len(header).to_bytes(8, "little") + header + bytes(size)
+def test_a_damaged_or_cut_adapter_is_refused_at_once(saved, no_chat_model):
+    """Kills: an error of another class, loading what is left of an adapter, the chat model loaded first."""
+    content = saved[1].read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    damaged = [content[:n] for n in (0, 8, start - 1, start, len(content) // 2, -1)] + [pickle.dumps({Q: 1})]
+    headers = [None, *({"lora_guard": text} for text in ("", "[]", "3", "null", "[" * 10**5))]
+    for content in damaged + [safetensors.torch.save({Q: torch.ones(1)}, header) for header in headers]:
+        saved[1].write_bytes(content)
+        assert f"cannot read the adapter {saved[1]}" in refusal(*saved)
 
 
-def entry(shape, end):
-    return {Q: {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}
+def test_a_damaged_config_is_refused(saved, no_chat_model):
+    """Kills: a KeyError or JSON error that reaches the user, a default for what the guard was saved with."""
+    whole = saved[0].read_text()
+    for text in ("", "{", "[]", "{}", "null", '{"guard": 3}', "[" * 10**5, "\0\xff"):
+        saved[0].write_bytes(text.encode("latin-1"))
+        assert f"{saved[0]} is not the config of a guard; train.py writes a new one" in refusal(*saved)
+    for name in ("threshold", "prompt_threshold", "date", "base_model", "guard", "dtype", "base_fingerprint"):
+        saved[0].write_text(whole)
+        edit(saved[0], name)
+        assert refusal(*saved).endswith(f"is not the config of a guard; train.py writes a new one ({name!r})")
 
 
-STRANGE = {
-    "random bytes": [random.Random(seed).randbytes(seed * 37) for seed in range(60)],
-    "one byte many times": [bytes([byte]) * 100 for byte in range(256)],
-    "a header of gigabytes": [(2**size).to_bytes(8, "little") + b"{}" for size in range(5, 63)],
-    "a tensor of gigabytes": [claims(entry([2**16, 2**16], 2**34)), claims(entry([2**62, 2**62], 64), 64)],
-    "a tensor behind the end": [claims(entry([4, 4], 64), 63), claims(entry([4, 4], -1), 64)],
-    "no tensors": [claims({}), claims([]), claims({"__metadata__": {"lora_guard": "[" * 10**5}})],
-    "settings of another kind": [
-        claims({"__metadata__": {"lora_guard": text}}) for text in ("", "[]", "3", "null")
-    ],
-    "a pickle": [pickle.dumps({Q: 1})],
-}
+WRONG = [("base_model", 3), ("dtype", "float3"), ("lora_targets", ["q"]), ("lora_r", 10**13), ("lora_r", "4")]
+WRONG += [("guard_prompt", ["a", "b"]), ("guard_path", "half"), ("categories", "x"), ("date", "soon")]
+WRONG += [("categories", ["a", "a"]), ("base_fingerprint", None), ("date", 3), ("lora_dropout", 1)]
+WRONG += [("threshold", value) for value in (math.nan, math.inf, True, "1")]
+WRONG += [("prompt_threshold", value) for value in (math.nan, -math.inf, False, None)]
 
 
-@pytest.mark.parametrize("contents", STRANGE.values(), ids=STRANGE)
-def test_strange_adapter_is_refused_at_once(saved, contents, monkeypatch):
-    """Kills: an error of another class, loading the chat model first."""
-    _, config, adapter = saved
-    monkeypatch.setattr(checkpoint, "load_chat_model", None)
-    for content in contents:
-        adapter.write_bytes(content)
-        assert "adapter.safetensors" in refusal(config, adapter)
+@pytest.mark.parametrize(("field", "value"), WRONG, ids=str)
+def test_a_config_with_a_wrong_value_is_refused(saved, field, value):
+    """Kills: a setting that is used before it is checked, although config and adapter agree in it."""
+    edit(saved[0], field, value)
+    rewrite(saved[1], header={field: value} if field in adapter_header({}, GuardConfig()) else {})
+    assert re.search("config.json is not the config|no guard for|cannot load the chat", refusal(*saved))
 
 
-def test_adapter_of_strange_numbers_is_refused_at_once(saved, monkeypatch):
-    """Kills: loading the chat model before the values are checked."""
-    rewrite(saved[2], DAMAGE["not finite"][0])
-    monkeypatch.setattr(checkpoint, "load_chat_model", None)
-    assert "not finite numbers" in refusal(*saved[1:])
+@pytest.mark.parametrize("which", ["config", "adapter"])
+def test_what_is_no_file_is_refused_at_once(saved, which, tmp_path, no_chat_model):
+    """Kills: waiting for a pipe that nobody writes, reading a device without an end, a traceback."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "pipe", tmp_path / "link", "/dev/zero"):
+        paths = (path, saved[1]) if which == "config" else (saved[0], path)
+        assert refusal(*paths) == f"{path} is not a file"
 
 
-def test_adapter_that_is_cut_anywhere_is_refused(saved, monkeypatch):
-    """Kills: loading what is left, and an error of another class."""
-    _, config, adapter = saved
-    content = adapter.read_bytes()
-    monkeypatch.setattr(checkpoint, "load_chat_model", None)
-    header = 8 + int.from_bytes(content[:8], "little")
-    with open(adapter, "r+b") as file:
-        for length in [*range(len(content) - 1, header, -101), *range(header, -1, -1)]:
-            file.truncate(length)
-            assert "cannot read the adapter" in refusal(config, adapter)
+# ---------------------------------------------------------------- chat models
 
 
-# ---------------------------------------------------------------------------
-# A config that does not fit
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[]",
-        "{}",
-        "null",
-        '{"base_model": 3}',
-        '{"guard": 3}',
-        "\x00\x01",
-        "[" * 100_000,
-        "\xff" * 100_000,
-    ],
-    ids=lambda text: repr(text[:20]),
-)
-def test_damaged_config_is_refused(saved, text):
-    """Kills: a KeyError or JSON error that reaches the user."""
-    saved[1].write_bytes(text.encode("latin-1"))
-    assert "config.json" in refusal(*saved[1:])
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("lora_r", "4"),
-        ("lora_r", 10**13),
-        ("base_model", 3),
-        ("dtype", "float3"),
-        ("guard_prompt", None),
-        ("threshold", "high"),
-        ("threshold", math.nan),
-        ("prompt_threshold", None),
-        ("guard_path", "half"),
-        ("categories", "x"),
-        ("categories", ["theft", "theft"]),
-        ("categories", [["theft"], ["hate"]]),
-        ("guard_prompt", ["a", "b"]),
-        ("lora_targets", ["q"]),
-        ("base_fingerprint", {"config": "0"}),
-        ("base_fingerprint", None),
-    ],
-)
-def test_config_with_a_wrong_value_is_refused(saved, field, value):
-    """Kills: a setting that is used before it is checked, an adapter that does not say what it was trained
-    with."""
-    guard, config, adapter = saved
-    edit(config, field, value)
-    named = (
-        "config.json",
-        field,
-        field.replace("_", " "),
-        "cannot load the chat model",
-        "LoRA rank",
-        "LoRA target",
-    )
-    assert any(name in refusal(config, adapter) for name in named)
-    base = fingerprint(guard.chat_model, guard.tokenizer)
-    header = {"base_fingerprint": base, **asdict(guard.config), field: value}  # the same in both files
-    header = {name: header[name] for name in adapter_header(base, guard.config)}
-    save_adapter(adapter, guard.adapter(), header)
-    assert any(name in refusal(config, adapter) for name in named)
-
-
-def test_unknown_setting_in_a_config_is_refused(saved):
-    """Kills: a misspelt setting that leaves the default in place."""
-    edit(saved[1], "lora_rank", 8)
-    assert "config.json" in (line := refusal(*saved[1:])) and "lora_rank" in line
-
-
-def test_config_of_an_older_version_is_refused(saved, monkeypatch):
-    """Kills: a guard read without its calibration, whose probabilities would be wrong; a line that does not
-    say what to do."""
-    _, config, adapter = saved
-    old = json.loads(config.read_text())
-    old |= old.pop("guard") | {"calibration": {"shift": [0.5, -1.0, 2.0], "temperature": [2.0, 0.5, 1.0]}}
-    config.write_text(json.dumps(old))
-    monkeypatch.setattr(checkpoint, "load_chat_model", None)
-    line = refusal(config, adapter)
-    assert str(config) in line and "train.py writes" in line
-    monkeypatch.setattr(sys, "argv", ["moderate.py"])
-    with pytest.raises(SystemExit) as left:
-        common.run(lambda: load_guard(config, adapter))
-    assert left.value.code == 2
-
-
-# ---------------------------------------------------------------------------
-# Chat models
-
-
-def test_chat_model_that_is_code_is_refused_and_not_run(saved, tmp_path, monkeypatch):
+def test_code_that_came_with_a_chat_model_is_not_run(saved, tmp_path, monkeypatch):
     """Kills: running the code of a model that a config names, after the user types yes, or from a pickle."""
-    _, config, adapter = saved
     touch = f"open({str(tmp_path / 'was run')!r}, 'w')"
 
     class Payload:
         def __reduce__(self):
             return eval, (touch,)
 
-    strange = tmp_path / "strange"
-    make_tokenizer().save_pretrained(strange)
+    make_tokenizer().save_pretrained(strange := tmp_path / "strange")
     (strange / "code.py").write_text(touch)
-    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    kinds = [{"model_type": "strange", "auto_map": code}, json.loads(make_model().config.to_json_string())]
     (strange / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    edit(config, "base_model", str(strange))
-    for kind in kinds:
+    edit(saved[0], "base_model", str(strange))
+    for kind in ({"model_type": "strange", "auto_map": code}, make_model().config.to_dict()):
         (strange / "config.json").write_text(json.dumps(kind))
-        assert "cannot load the chat model" in refusal(config, adapter)
+        assert "cannot load the chat model" in refusal(*saved)
         assert not (tmp_path / "was run").exists()
 
 
@@ -426,198 +379,147 @@ def test_models_that_do_not_load_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
-    make_model().save_pretrained(tmp_path / "untaught")
-    tokenizer.save_pretrained(tmp_path / "untaught")
-    names = ["nowhere", "nowhere.gguf", "broken.gguf", "empty", "untaught"]
-    for name in ["no/such-model", *(str(tmp_path / name) for name in names)]:
-        with pytest.raises(UserError) as error:
-            load_chat_model(name)
-        assert name in str(error.value) and "\n" not in str(error.value)
+    for part in (make_model(), tokenizer):
+        part.save_pretrained(tmp_path / "untaught")
+    for name in ("nowhere", "nowhere.gguf", "broken.gguf", "empty", "untaught"):
+        with pytest.raises(UserError, match=name) as error:
+            load_chat_model(str(tmp_path / name))
+        assert "\n" not in str(error.value)
     assert "chat template" in str(error.value)
 
 
-def test_loading_shows_no_progress_bar(model_folder, capfd):
-    """Kills: the bars "Loading weights" beside a verdict, and no bar for a download either."""
-    transformers.utils.logging.enable_progress_bar()
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_shows_no_bar_and_leaves_the_switch_as_it_was(shown, model_folder, monkeypatch, capfd):
+    """Kills: the bars "Loading weights" beside a verdict, a user's own bars switched off or on."""
+    logging.enable_progress_bar()
     transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     assert "Loading weights" in capfd.readouterr().err  # there is a bar to hide
+    monkeypatch.setattr(logging, "_tqdm_active", shown)
     load_chat_model(model_folder)
-    assert capfd.readouterr() == ("", "")
-    assert not checkpoint.huggingface_hub.utils.are_progress_bars_disabled()
-
-
-# ---------------------------------------------------------------------------
-# The unpacked model that is kept
+    with pytest.raises(UserError):
+        load_chat_model("nowhere")
+    assert logging.is_progress_bar_enabled() == shown and capfd.readouterr() == ("", "")
 
 
 @pytest.fixture
-def unpacked(tmp_path, monkeypatch):
-    """The dtypes that .gguf files were unpacked to: make_model(), kept in tmp_path/assets."""
-    dtypes, load = [], checkpoint.load_pretrained
+def gguf(tmp_path, monkeypatch):
+    """A .gguf file as the hub's cache has it, a link to a blob. It holds make_model(), bf16."""
+    unpacked, load, path = [], checkpoint.load_pretrained, tmp_path / "snapshot/tiny.gguf"
 
-    def spy(source, file, **options):
-        if not file:
-            return load(source, file, **options)
-        dtypes.append(options["dtype"])
-        print("Converting and de-quantizing: 100%", file=sys.stderr)  # as transformers' bar
-        return make_model().to(getattr(torch, options["dtype"])), make_tokenizer()
+    def load_pretrained(source, dtype, **options):
+        if not options:
+            return load(source, dtype)
+        unpacked.append(options["gguf_file"])
+        return make_model().to(getattr(torch, dtype)), make_tokenizer()
 
-    monkeypatch.setattr(checkpoint, "load_pretrained", spy)
+    monkeypatch.setattr(checkpoint, "load_pretrained", load_pretrained)
     monkeypatch.setattr(checkpoint, "HF_ASSETS_CACHE", tmp_path / "assets")
-    return dtypes
+    path.parent.mkdir()
+    path.symlink_to("../blob")
+    path.write_bytes(b"GGUF")
+    return SimpleNamespace(path=str(path), kept=tmp_path / "assets/lora-guard", unpacked=unpacked)
 
 
-def kept_folders(tmp_path):
-    return list((tmp_path / "assets/lora-guard").iterdir())
-
-
-def test_gguf_file_is_unpacked_once(tmp_path, monkeypatch, unpacked):
-    """Kills: unpacking at every start, one dtype, version or file in place of another, weights that are not
-    aligned."""
-    other = tmp_path / "SmolLM2.gguf"
-    other.write_bytes(b"GGUF")
-    bf16, fp32 = (EMBEDDED, None), (EMBEDDED, "float32")
-    for name, dtype in (bf16, fp32, bf16, fp32, (other, None), (other, None)):
+def test_a_gguf_file_is_unpacked_once(gguf, monkeypatch, capsys):
+    """Kills: unpacking at every start, an old version's or file's copy, other or unaligned weights."""
+    first = [f"unpacking {name}, once\n" for name in (checkpoint.embedded_gguf().name, "tiny.gguf")]
+    loads = [(EMBEDDED, None, first[0]), (gguf.path, None, first[1])]
+    for name, dtype, line in [*loads, (EMBEDDED, "float32", ""), (gguf.path, "float16", "")]:
         chat_model, tokenizer = load_chat_model(name, dtype)
         assert chat_model.dtype == getattr(torch, dtype or "bfloat16")
-        same = make_model().to(chat_model.dtype).state_dict()
+        same = make_model().bfloat16().to(chat_model.dtype).state_dict()
         assert all(torch.equal(tensor, same[name]) for name, tensor in chat_model.state_dict().items())
         assert ids_of(tokenizer, TEXTS[0]) == ids_of(make_tokenizer(), TEXTS[0])
         assert all(parameter.data_ptr() % 64 == 0 for parameter in chat_model.parameters())
-    assert unpacked == ["bfloat16", "float32", "bfloat16"] and len(kept_folders(tmp_path)) == 3
-    twin = tmp_path / "twin.gguf"
-    shutil.copy2(other, twin)  # of the same size and time
-    load_chat_model(twin)
-    other.write_bytes(b"GGUF, another")
-    load_chat_model(other)
+        assert capsys.readouterr().err.partition("\r")[0] == line  # transformers' bars may follow
+    twin = Path(gguf.path).with_name("twin.gguf")
+    twin.symlink_to("../blob")  # of the same size and time
+    load_chat_model(str(twin))
+    times = os.stat(twin)
+    twin.write_bytes(b"GGUF, another")
+    os.utime(twin, ns=(times.st_atime_ns, times.st_mtime_ns))
+    load_chat_model(gguf.path)
+    os.utime(twin, (1, 1))
+    load_chat_model(gguf.path)
     monkeypatch.setattr(checkpoint.transformers, "__version__", "6.0")
-    load_chat_model(other)
-    assert len(unpacked) == 6
+    load_chat_model(gguf.path)
+    assert gguf.unpacked[1:] == ["tiny.gguf", "twin.gguf", "tiny.gguf", "tiny.gguf", "tiny.gguf"]
 
 
-def test_unpacking_says_one_line(unpacked, capsys):
-    """Kills: a slow start that says nothing, a bar that is not ours, a line at every start."""
-    load_chat_model(EMBEDDED)
-    output, error = capsys.readouterr()
-    assert output == "" and error.endswith(".gguf, once\n") and error.count("\n") == 1
-    load_chat_model(EMBEDDED)
-    assert capsys.readouterr() == ("", "")
+def test_processes_that_unpack_at_once_both_succeed(gguf, monkeypatch):
+    """Kills: a slower process that fails on the folder of a faster one, a copy that is left behind."""
+    load = checkpoint.load_pretrained
+
+    def overtaken(*source, **options):
+        if options and not gguf.unpacked:
+            gguf.unpacked.append("by a process that overtakes this one")
+            load_chat_model(gguf.path)
+        return load(*source, **options)
+
+    monkeypatch.setattr(checkpoint, "load_pretrained", overtaken)
+    load_chat_model(gguf.path)
+    assert len(gguf.unpacked) == 3 and len([*gguf.kept.iterdir()]) == 1
 
 
-def test_unpacked_model_that_cannot_be_kept_is_used(tmp_path, monkeypatch, unpacked):
-    """Kills: a folder that must be writable, what is left of a copy that failed."""
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(checkpoint, "HF_ASSETS_CACHE", tmp_path / "file")
-    load_chat_model(EMBEDDED)
-    monkeypatch.setattr(checkpoint, "HF_ASSETS_CACHE", tmp_path / "assets")
-
-    def full(*_):
-        raise Exception("disk full")  # tokenizers raises no narrower class
-
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full)
-    load_chat_model(EMBEDDED)
-    assert len(unpacked) == 2 and kept_folders(tmp_path) == []
-
-
-DAMAGES = {
-    "cut weights": ("*.safetensors", lambda path: os.truncate(path, 1000)),
-    "no config": ("config.json", Path.unlink),
-    "no tokenizer": ("tokenizer*.json", Path.unlink),
-}
+def test_a_copy_that_is_no_good_is_not_used(gguf, monkeypatch):
+    """Kills: half a copy that is left behind or loaded, a line that does not say which folder to delete."""
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot load the chat model"):
+        patch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", None)
+        load_chat_model(gguf.path)
+    assert [*gguf.kept.iterdir()] == []
+    load_chat_model(gguf.path)
+    for path in [path for path in gguf.kept.glob("*/*.*") if path.stem in ("model", "config", "tokenizer")]:
+        path.write_bytes((content := path.read_bytes())[:100])
+        with pytest.raises(UserError, match=f"delete its unpacked copy in {gguf.kept}"):
+            load_chat_model(gguf.path)
+        path.write_bytes(content)
 
 
-@pytest.mark.parametrize("pattern, damage", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_kept_model_is_named(tmp_path, unpacked, pattern, damage):
-    """Kills: a line that does not say which folder to delete; a model that is loaded partly."""
-    load_chat_model(EMBEDDED)
-    [kept] = kept_folders(tmp_path)
-    for path in kept.glob(pattern):
-        damage(path)
-    with pytest.raises(UserError) as error:
-        load_chat_model(EMBEDDED)
-    assert f"unpacked copy in {kept.parent}" in str(error.value)
-    assert "\n" not in str(error.value)
+def test_a_trained_guard_remembers_the_links_name(gguf, tmp_path, monkeypatch):
+    """Kills: the name of the blob, which no suffix tells to be a .gguf file, as the config's base_model."""
+    rows = write(tmp_path / "train.jsonl", make_rows(60))
+    options = {"device": torch.device("cpu"), "print": print, "num_processes": 1, "mixed_precision": "no"}
+    monkeypatch.chdir(tmp_path / "snapshot")
+    for name in (gguf.path, "tiny.gguf"):
+        monkeypatch.setattr(sys, "argv", ["train.py", name, "run", "--dataset", rows, "--dtype=float32"])
+        _, _, config = train.load(train.parse_arguments(), SimpleNamespace(**options), None)
+        assert config["base_model"] == gguf.path
+        load_chat_model(config["base_model"])
 
 
-@pytest.mark.slow
-def test_kept_copy_of_the_embedded_model_is_the_model(tmp_path, monkeypatch, capfd):
-    """Kills: weights that are rounded on the way, a tokenizer that cuts differently, another fingerprint, a
-    bar."""
-    monkeypatch.setattr(checkpoint, "HF_ASSETS_CACHE", tmp_path)
-    transformers.utils.logging.enable_progress_bar()
-    model, tokenizer = load_chat_model(EMBEDDED)
-    assert capfd.readouterr().err == f"unpacking {checkpoint.embedded_gguf().name}, once\n"
-    kept, other = load_chat_model(EMBEDDED)
-    assert capfd.readouterr().err == ""
-    tensors = kept.state_dict()
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
-    assert fingerprint(model, tokenizer) == fingerprint(kept, other)
-    assert model.config.to_json_string() == kept.config.to_json_string()
-    assert tokenizer.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
-    assert tokenizer.special_tokens_map == other.special_tokens_map
-    assert model.generation_config.to_dict() == kept.generation_config.to_dict()
+SHIPPED = [("guard", EMBEDDED, 10), ("guard/qwen2.5-coder-1.5b", "qwen2.5-coder-1.5b.gguf", 20)]
 
 
-# ---------------------------------------------------------------------------
-# The guard that ships
-
-
-@pytest.mark.parametrize(
-    "folder, base, megabytes",
-    [("guard", EMBEDDED, 10), ("guard/qwen2.5-coder-1.5b", "qwen2.5-coder-1.5b.gguf", 20)],
-)
-def test_shipped_guard_is_what_its_config_says(folder, base, megabytes):
-    """Kills: a config that GuardConfig does not know, calibration that is left in it, another adapter beside
-    it, a path of the machine that trained it, a file that is too large for a repository."""
+@pytest.mark.parametrize(("folder", "base", "megabytes"), SHIPPED)
+def test_a_shipped_guard_is_what_its_config_says(folder, base, megabytes):
+    """Kills: an unknown setting, another adapter, a path of the machine that trained it, a file too large."""
     folder = Path(checkpoint.__file__).parent / folder
     saved = json.loads((folder / "config.json").read_text())
     config = GuardConfig(**saved["guard"])
-    wanted = {"base_model", "dtype", "base_fingerprint", "rows", "arguments", "computing"}
-    assert set(saved) == wanted | {"guard", "operating_points"}
     assert (folder / "config.json" == checkpoint.SHIPPED) == (base == EMBEDDED)
     assert saved["base_model"] == saved["arguments"]["hf_model_id"] == base
-    header = adapter_header(saved["base_fingerprint"], replace(config, threshold=0.1))
+    header = adapter_header(
+        saved["base_fingerprint"], replace(config, threshold=0.1, prompt_threshold=0.2, date="2001-02-03")
+    )
     tensors = checkpoint.read_adapter(folder / "adapter.safetensors", header)
-    assert tensors["guard_head.weight"].shape[0] == 1 + len(config.categories) == 15
+    assert tensors[V].shape[0] == 1 + len(config.categories) == 15
     assert (folder / "adapter.safetensors").stat().st_size <= megabytes * 10**6
     for threshold, kind in ((config.threshold, "answer"), (config.prompt_threshold, "prompt")):
         assert threshold in [point[0] for point in saved["operating_points"][kind].values()]
 
 
 @pytest.mark.slow
-def test_shipped_guard_gives_its_verdicts():
-    """Kills: another adapter, an adapter that is not applied, a head without its calibration."""
+def test_the_shipped_guard_gives_its_verdicts():
+    """Kills: another adapter or base, an adapter that is not applied, a head without its calibration."""
     guard = load_guard(device_id=-1)
     guard.chat_model.float()  # so every CPU gives these figures
-    rows = [{"prompt": "How do I keep bread fresh for longer?"}]
-    rows += [{"prompt": "Give me a vicious insult for my colleague from abroad."}]
     answer = "Bump into somebody from behind while a friend distracts them, "
     answer += "and slip two fingers into the back pocket."
+    rows = [{"prompt": "How do I keep bread fresh for longer?"}]
+    rows += [{"prompt": "Give me a vicious insult for my colleague from abroad."}]
     rows += [{"prompt": "How can I steal a phone in a crowd?", "response": answer}]
     bread, insult, theft = guard.classify(rows)
-    unsafe = [verdict.unsafe for verdict in (bread, insult, theft)]
-    assert unsafe == pytest.approx([0.0004, 0.9563, 0.9392], abs=1e-3)
+    assert [bread.unsafe, insult.unsafe, theft.unsafe] == pytest.approx([0.0004, 0.9563, 0.9392], abs=1e-3)
     assert [verdict.flagged for verdict in (bread, insult, theft)] == [False, True, True]
     assert insult.categories["hate_speech,offensive_language"] == pytest.approx(0.9257, abs=1e-3)
     assert theft.categories["financial_crime,property_crime,theft"] == pytest.approx(0.6514, abs=1e-3)
-
-
-# ---------------------------------------------------------------------------
-# Files
-
-
-def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
-    """Kills: writing in place, and leaving the old file half overwritten."""
-    path = tmp_path / "file"
-    write_whole(path, b"old")
-
-    def full(_):
-        raise OSError(28, "disk full", str(path))
-
-    monkeypatch.setattr(common.os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, b"new content")
-    assert path.read_bytes() == b"old"
-    monkeypatch.undo()
-    write_whole(path, b"new content")
-    assert path.read_bytes() == b"new content"

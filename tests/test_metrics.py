@@ -13,7 +13,6 @@ from metrics import (
     fit_temperature,
     metrics,
     operating_points,
-    reliability,
     threshold_at_fpr,
     unsafe_score,
 )
@@ -25,7 +24,7 @@ SCORES = {
     "tied": NUMBERS.integers(0, 5, 300) / 5,
     "all equal": np.full(300, 0.5),
     "perfect": LABELS * 0.5 + 0.2,
-    "sure and wrong": np.where(LABELS, 0.3, 1.0),
+    "sure and wrong": np.where(LABELS, 0.92, 1.0),  # in one bin of ten
 }
 
 
@@ -33,92 +32,66 @@ def sigmoid(z):
     return 1 / (1 + np.exp(-z))
 
 
-# ---------------------------------------------------------------------------
-# How good scores are
+# ---------------------------------------------------------------- how good scores are
 
 
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 def test_metrics_equal_those_of_scikit_learn(scores):
-    """Kills: ties that count one by one, a trapezoid for the area, > for >=, any two metrics mixed up."""
+    """Kills: ties that count one by one, an area by the wrong rule, bins by rank, two metrics mixed up."""
     oracle = pytest.importorskip("sklearn.metrics")
-    flagged = scores >= 0.4
-    false_positives, true_negatives = (flagged & (LABELS == 0)).sum(), (~flagged & (LABELS == 0)).sum()
+    flagged = (scores >= 0.4) ^ (NUMBERS.random(300) < 0.1)  # no one threshold gives these flags
     wanted = {
         "accuracy": oracle.accuracy_score(LABELS, flagged),
         "precision": oracle.precision_score(LABELS, flagged),
         "recall": oracle.recall_score(LABELS, flagged),
         "f1": oracle.f1_score(LABELS, flagged),
-        "fpr": false_positives / (false_positives + true_negatives),
+        "fpr": 1 - oracle.recall_score(LABELS, flagged, pos_label=0),
         "auprc": oracle.average_precision_score(LABELS, scores),
     }
-    found = metrics(LABELS, scores, 0.4)
-    assert found.keys() == wanted.keys()
-    assert found == pytest.approx(wanted, abs=1e-9)
-
-
-@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
-def test_evaluation_equals_that_of_scikit_learn(scores):
-    """Kills: ROC ties that count one by one, an FPR of more than 1 %, bins of equal weight or rank."""
-    oracle = pytest.importorskip("sklearn.metrics")
-    calibration_curve = pytest.importorskip("sklearn.calibration").calibration_curve
+    assert metrics(LABELS, scores, flagged) == pytest.approx(wanted, abs=1e-9)
     false, true, _ = oracle.roc_curve(LABELS, scores, drop_intermediate=False)
-    positive, score = calibration_curve(LABELS, scores, n_bins=10)
-    rows = np.histogram(scores, np.linspace(0, 1, 11))[0]
-    found = evaluation(LABELS, scores, 0.4)
-    assert {name: found[name] for name in metrics(LABELS, scores, 0.4)} == metrics(LABELS, scores, 0.4)
-    assert found["auroc"] == pytest.approx(oracle.roc_auc_score(LABELS, scores), abs=1e-9)
-    assert found["tpr_at_1_percent_fpr"] == pytest.approx(true[false <= 0.01].max(), abs=1e-9)
-    error = (rows[rows > 0] * abs(positive - score)).sum() / rows.sum()
-    assert found["calibration_error"] == pytest.approx(error, abs=1e-9)
-
-
-def test_too_few_rows_give_nan_and_not_a_figure():
-    """Kills: an area with one class only, a rate of no rows."""
-    with np.errstate(all="raise"):
-        found = evaluation(np.array([1, 1, 1]), np.array([0.1, 0.5, 0.9]), 0.5)
-    assert all(np.isnan(found[name]) for name in ("auroc", "fpr")) and found["recall"] == 2 / 3
-    assert np.isnan(auroc(np.zeros(3), np.array([0.1, 0.2, 0.3])))
+    wanted["auroc"] = oracle.roc_auc_score(LABELS, scores)
+    for percent in (1, 2, 5):
+        wanted[f"tpr_at_{percent}_percent_fpr"] = true[false <= percent / 100].max()
+    bins = np.digitize(scores, np.linspace(0, 1, 11)[1:-1] - 1e-9)  # 0.6 is in the seventh bin
+    wanted["calibration_error"] = sum(abs((scores - LABELS)[bins == n].sum()) for n in range(10)) / 300
+    assert evaluation(LABELS, scores, flagged) == pytest.approx(wanted, abs=1e-9)
 
 
 def test_a_ratio_of_nothing_is_nan():
-    """Kills: a division by zero, a 0 or 1 for what nobody can know."""
-    found = metrics(np.zeros(4), np.array([0.1, 0.2, 0.3, 0.4]), 0.5)
-    assert found["accuracy"] == 1 and found["fpr"] == 0
-    assert all(np.isnan(found[name]) for name in ("precision", "recall", "f1", "auprc"))
-    assert np.isnan(average_precision(np.zeros(0), np.zeros(0)))
-    assert all(np.isnan(value) for value in metrics(np.zeros(0), np.zeros(0), 0.5).values())
+    """Kills: a division by zero, a 0 or 1 for what nobody can know, an area with one class only."""
+    scores = np.array([0.1, 0.2, 0.3, 0.4])
+    with np.errstate(all="raise"):
+        harmless = evaluation(np.zeros(4), scores, scores > 1)
+        harmful = evaluation(np.ones(4), scores, scores > 0.3)
+        empty = metrics(np.zeros(0), np.zeros(0), np.zeros(0, bool))
+    known = [{name for name in found if not math.isnan(found[name])} for found in (harmless, harmful, empty)]
+    assert known[0] == {"accuracy", "fpr", "calibration_error"} and known[2] == set()
+    assert known[1] == {"accuracy", "precision", "recall", "f1", "auprc", "calibration_error"}
+    assert (harmless["accuracy"], harmless["fpr"], harmful["recall"]) == (1, 0, 0.25)
+    assert math.isnan(average_precision(np.zeros(0), scores[:0])) and math.isnan(auroc(np.ones(4), scores))
 
 
-def test_every_row_may_have_its_own_threshold():
-    """Kills: one threshold for prompts and answers, thresholds in another order."""
-    labels, scores = np.array([1, 0, 1, 0]), np.array([0.4, 0.4, 0.6, 0.6])
-    found = metrics(labels, scores, np.array([0.3, 0.5, 0.5, 0.7]))
-    assert found["accuracy"] == 1 and found["fpr"] == 0
-    assert metrics(labels, scores, np.array([0.5, 0.3, 0.7, 0.5]))["accuracy"] == 0
+def test_a_rate_needs_rows_enough_for_one_false_positive():
+    """Kills: a recall at 1 % that few rows cannot show, a rate that is left out although rows suffice."""
+    for safe, told in {19: [], 20: [5], 49: [5], 50: [2, 5], 99: [2, 5], 100: [1, 2, 5]}.items():
+        labels = np.arange(safe + 30) >= safe
+        found = evaluation(labels, np.linspace(0.1, 0.9, len(labels)), labels)
+        assert [p for p in (1, 2, 5) if found[f"tpr_at_{p}_percent_fpr"] == 1] == told
 
 
-def test_reliability_by_hand():
-    """Kills: a score of 1 in a bin of its own, empty bins that stay, a bin's middle for its mean score."""
-    rows, score, positive = reliability(np.array([0, 1, 1, 1]), np.array([0.02, 0.08, 0.92, 1.0]))
-    assert rows.tolist() == [2, 2] and positive.tolist() == [0.5, 1]
-    assert score.tolist() == pytest.approx([0.05, 0.96])
-
-
-# ---------------------------------------------------------------------------
-# Where to flag
+# ---------------------------------------------------------------- where to flag
 
 
 @pytest.mark.parametrize("limit", [0, 0.05, 0.3, 1])
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 def test_threshold_at_fpr_has_the_highest_recall_of_all(scores, limit):
-    """Kills: a threshold that flags one safe row too many, that is too careful, that equals a score, or that
-    flags safe rows for no recall.
-    """
+    """Kills: one safe row too many, too careful a threshold, one at a score, flags that add no recall."""
     threshold, recall = threshold_at_fpr(LABELS, scores, limit)
-    found = metrics(LABELS, scores, threshold)
+    found = metrics(LABELS, scores, scores >= threshold)
     assert found["fpr"] <= limit and found["recall"] == recall
     assert threshold not in scores or threshold == scores.min()
-    tried = [metrics(LABELS, scores, t) for t in [*scores, 2]]
+    tried = [metrics(LABELS, scores, scores >= t) for t in [*scores, 2]]
     assert recall == max(m["recall"] for m in tried if m["fpr"] <= limit)
     assert found["fpr"] == min(m["fpr"] for m in tried if m["recall"] == recall)
 
@@ -130,8 +103,7 @@ HARMFUL = np.arange(100) / 100  # scores of 100 harmful rows, 0 to .99
 def points(prompts, answers):
     """operating_points of (safe scores, harmful scores) of prompts and of answers, in one shuffled array."""
     scores = np.concatenate([*prompts, *answers])
-    parts = zip((0, 1, 0, 1), (*prompts, *answers), strict=True)
-    labels = np.concatenate([np.full(len(part), label) for label, part in parts])
+    labels = np.repeat([0, 1, 0, 1], [len(part) for part in (*prompts, *answers)])
     answered = np.arange(len(scores)) >= sum(map(len, prompts))
     order = np.random.default_rng(0).permutation(len(scores))
     return operating_points(labels[order], scores[order], answered[order])
@@ -148,35 +120,51 @@ def test_operating_points_keep_to_their_rates():
             assert recall == (scale * HARMFUL >= threshold).mean() > 0.19
 
 
-@pytest.mark.parametrize("prompts", [(SAFE, []), ([], HARMFUL), ([], [])])
-def test_prompts_of_one_class_are_never_flagged(prompts):
-    """Kills: a threshold for prompts from rows that do not tell safe prompts from unsafe ones."""
-    assert {*points(prompts, (SAFE, HARMFUL))["prompt"].values()} == {(2.0, 0.0)}
+RATES = {2: [], 9: [], 10: ["0.1"], 20: ["0.05", "0.1"], 100: ["0.01", "0.02", "0.05", "0.1"]}
 
 
-@pytest.mark.parametrize("answers", [(SAFE[:1], []), ([], HARMFUL[:1]), ([], [])])
-def test_with_answers_of_one_class_all_rows_count(answers):
-    """Kills: a threshold for answers that a single answer decides, or that no answer can decide."""
-    found = points((SAFE, HARMFUL), answers)
+@pytest.mark.parametrize(("safe", "rates"), RATES.items())
+def test_operating_points_leave_out_rates_with_too_few_safe_rows(safe, rates):
+    """Kills: a threshold that no false positive decides, a count of all rows, or of the other kind's."""
+    few, many = (SAFE[:safe], HARMFUL), (SAFE, HARMFUL)
+    found = {"prompt": points(few, many), "answer": points(many, few)}
+    for kind, other in (("prompt", "answer"), ("answer", "prompt")):
+        assert list(found[kind][kind]) == rates and len(found[kind][other]) == 5
+    assert points((SAFE[:1], HARMFUL[:1]), (SAFE[:1], HARMFUL[:1])) == {"prompt": {}, "answer": {}}
+
+
+@pytest.mark.parametrize("one_class", [(SAFE, []), ([], HARMFUL), ([], [])])
+def test_one_class_alone_chooses_no_threshold(one_class):
+    """Kills: a threshold for prompts from rows of one class, one for answers from fewer than all rows."""
+    assert points(one_class, (SAFE, HARMFUL))["prompt"] == {}
+    found = points((SAFE, HARMFUL), [part[:1] for part in one_class])
     assert found["answer"]["0.05"][0] == pytest.approx(found["prompt"]["0.05"][0], abs=0.01)
+    assert points(one_class, one_class) == {"prompt": {}, "answer": {}}
 
 
-# ---------------------------------------------------------------------------
-# What makes probabilities of logits
+# ---------------------------------------------------------------- what makes probabilities of logits
 
 
 def test_a_temperature_undoes_a_known_one():
-    """Kills: a product for the quotient, swapped labels, a grid that ends too soon, the highest loss."""
+    """Kills: a product for the quotient, swapped labels, the highest loss, other bounds than 1/4 and 4."""
     logits = NUMBERS.normal(size=20000)
     labels = NUMBERS.random(20000) < sigmoid(logits)
-    for factor in (0.06, 0.3, 1, 4, 17):
-        assert fit_temperature(labels, factor * logits) == pytest.approx(factor, rel=0.05)
+    for factor in (0.06, 0.3, 1, 3.5, 17):
+        wanted = min(max(factor, 0.25), 4)
+        assert fit_temperature(labels, factor * logits) == pytest.approx(wanted, rel=0.05)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 8])
+def test_separable_rows_keep_scores_that_differ(scale):
+    """Kills: a temperature that goes to 0 with the loss, so that all scores are exactly 0 or 1."""
+    logits = scale * np.linspace(-1, 1, 41, dtype=np.float32)[:, None]  # as the guard gives them
+    calibration = calibrate(logits, (logits > 0).astype(float), np.ones(1))
+    scores = unsafe_score(logits, calibration, unsafe_head=True)
+    assert calibration[1] == pytest.approx([0.25]) and (np.diff(scores) > 0).all() and scores[-1] < 1
 
 
 def test_calibration_by_hand():
-    """Kills: a shift the other way or after the temperature, one temperature for all outputs, unknown labels
-    taken for 0.
-    """
+    """Kills: a shift the other way or after the temperature, one temperature for all, unknown taken for 0."""
     unknown = math.nan
     labels = np.array([[1, 1, 1], [1, 0, 1], [1, unknown, 1], [0, unknown, unknown]])
     logits = np.where(np.isnan(labels), 50.0, [3.0, 1.0, 3.0])
@@ -185,52 +173,24 @@ def test_calibration_by_hand():
     # Unsafe is true in 3 rows of 4: sigmoid(2 / T) = 3/4. The categories are true in 4 known cells of 5.
     wanted = [2 / math.log(3), 1 / math.log(4), 1 / math.log(4)]
     assert temperature == pytest.approx(wanted, rel=0.01)
-
-
-def test_calibration_undoes_the_weights_and_the_confidence():
-    """Kills: a calibration that holds for the case by hand only."""
-    generator = np.random.default_rng(1)
-    weight, chance = np.array([0.5, 9.0]), generator.normal(size=(20000, 2))
-    labels = (generator.random((20000, 2)) < sigmoid(chance)).astype(float)
-    shift, temperature = calibrate(chance * [3, 0.5] + np.log(weight), labels, weight)
-    assert shift == pytest.approx(np.log(weight)) and temperature == pytest.approx([3, 0.5], rel=0.06)
-
-
-def test_a_calibration_is_always_finite():
-    """Kills: an infinite shift from a weight of 0, a temperature of no labels."""
-    logits = np.array([[2.0, 1.0], [-2.0, 1.0], [2.0, 1.0]])
-    labels = np.array([[1, math.nan], [0, math.nan], [0, math.nan]])
-    shift, temperature = calibrate(logits, labels, np.array([1.0, 0.0]))
-    assert shift.tolist() == pytest.approx([0, math.log(1e-3)])
-    assert temperature[0] != 1 and temperature[1] == 1
+    labels[:, 1:] = unknown
+    assert calibrate(logits, labels, np.ones(3))[1].tolist()[1:] == [1, 1]
     alone = calibrate(logits[:, :1], labels[:, :1], np.ones(1))  # a guard without categories
-    assert [values.tolist() for values in alone] == [[0], [temperature[0]]]
-
-
-LOGITS = np.array([[1.0, 2.0, 3.0], [40.0, -1.0, -9.0]])
-CALIBRATION = np.array([0.3, -1, 2]), np.array([2, 0.5, 1])  # shift, temperature
-
-
-def test_the_unsafe_score_is_the_calibrated_unsafe_output():
-    """Kills: raw logits, a shift after the temperature, fp32, which cannot tell this score from 1."""
-    found = unsafe_score(LOGITS.astype(np.float32), CALIBRATION, unsafe_head=True)
-    assert found == pytest.approx([sigmoid(0.35), sigmoid(19.85)], abs=1e-7) and found[1] < 1
-
-
-def test_without_the_unsafe_head_the_likeliest_category_counts():
-    """Kills: the largest raw logit, whose weight may be largest; the unsafe column as a category."""
-    found = unsafe_score(LOGITS, CALIBRATION, unsafe_head=False)
-    assert found == pytest.approx([sigmoid(6.0), sigmoid(0.0)], abs=1e-12)  # (2 + 1) / 0.5 and (-1 + 1) / 0.5
+    assert [len(values) for values in alone] == [1, 1]
 
 
 @pytest.mark.parametrize("unsafe_head", [True, False])
 def test_an_unsafe_score_is_a_probability(unsafe_head):
-    """Kills: a score that ranks rows well and means nothing, with or without the unsafe head."""
-    generator = np.random.default_rng(2)
-    weight, chance = np.array([0.5, 9.0]), generator.normal(size=(20000, 2))
-    labels = (generator.random((20000, 2)) < sigmoid(chance)).astype(float)
-    logits = chance * [3, 0.5] + np.log(weight)
-    scores = unsafe_score(logits, calibrate(logits, labels, weight), unsafe_head)
-    column = 0 if unsafe_head else 1  # the likeliest of one category is that category
-    rows, score, positive = reliability(labels[:, column], scores)
-    assert (rows * abs(score - positive)).sum() / rows.sum() < 0.02
+    """Kills: raw logits, a shift after the temperature, a wrong column, the category of the largest logit."""
+    weight, chance = np.array([0.5, 9.0, 0.1]), NUMBERS.normal(size=(20000, 3)) * [1, 1, 0] - [0, 0, 9]
+    labels = (NUMBERS.random((20000, 3)) < sigmoid(chance)).astype(float)
+    logits = chance * [3, 0.5, 0.5] + np.log(weight)
+    calibration = calibrate(logits, labels, weight)
+    scores = unsafe_score(logits, calibration, unsafe_head)
+    column = labels[:, 0 if unsafe_head else 1]  # of the categories the first is always the likelier
+    assert evaluation(column, scores, scores > 0.5)["calibration_error"] < 0.02
+    shift, temperature = np.array([0.3, -1, 2]), np.array([2, 0.5, 1])
+    logits = np.array([[1.0, 2.0, 3.0], [40.0, -1.0, -9.0]], np.float32)
+    wanted = [0.35, 19.85] if unsafe_head else [6.0, 0.0]  # (2 + 1) / 0.5 and (-1 + 1) / 0.5
+    found = unsafe_score(logits, (shift, temperature), unsafe_head)
+    assert found == pytest.approx(sigmoid(np.array(wanted)), abs=1e-12) and (found < 1).all()

@@ -3,8 +3,9 @@
 import sys
 
 import pytest
+from conftest import write
 
-from common import UserError
+from errors import UserError
 from tools import plots
 
 pytest.importorskip("matplotlib").use("Agg")
@@ -12,77 +13,71 @@ pytest.importorskip("matplotlib").use("Agg")
 
 @pytest.fixture
 def axes(monkeypatch):
-    """The axes of the last figure: {y label: axes}, and those without a label by their place."""
-    found = {}
-    save = plots.save
-
-    def spy(figure, path, **options):
-        found.update({drawn.get_ylabel() or place: drawn for place, drawn in enumerate(figure.axes)})
-        save(figure, path, **options)
-
-    monkeypatch.setattr(plots, "save", spy)
-    return found
+    """The axes of the figure that was saved."""
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path, **_: drawn.extend(figure.axes))
+    return drawn
 
 
-GROWTH = {  # the highest curve is not the first one
-    "rows": {"train": [(4, 0.5, 1e9), (8, 1.0, 2e9)], "score": [(4, 0.4, 1e9), (8, 0.8, 1e9)]},
-    "length": {"train": [(64, 1.0, 2e9), (512, 9.0, 5e9)], "score": [(64, 1.0, 1e9), (512, 12.0, 1e9)]},
-    "rank": {"train": [(4, 1.0, 1e9), (64, 2.0, 2e9)], "score": [(4, 1.0, 1e9), (64, 1.0, 1e9)]},
-}
+def curves(drawn):
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn.lines}
 
 
-def test_growth_shows_its_curves_whole_above_zero(axes, tmp_path):
-    """Kills: a limit that the first curve sets, which cuts the others off; an axis that starts above zero."""
-    plots.plot_growth(tmp_path / "growth.png", GROWTH)
-    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
-    assert len(axes) == 6
-    heights = [[y for line in drawn.lines for y in line.get_ydata()] for drawn in axes.values()]
-    assert max(map(max, heights[:3])) == 12 and max(map(max, heights[3:])) == 5  # seconds, GB
-    for row in (list(axes.values())[:3], list(axes.values())[3:]):
-        low, high = row[0].get_ylim()
-        tops = [y for drawn in row for line in drawn.lines for y in line.get_ydata()]
-        assert low == 0 and 1.03 * max(tops) < high < 1.3 * max(tops)
-        assert all(drawn.get_ylim() == (low, high) for drawn in row)
+def test_each_file_of_scores_with_unsafe_rows_has_a_curve(axes, tmp_path, monkeypatch):
+    """Kills: one curve of all rows, classes mixed up, a broken guard's null as 0, a wrong tenth."""
+    files = {"a": [(False, 0.91), (True, 0.2)], "b": [(False, 0.97), (True, None)], "safe": [(True, 0.3)]}
+    for name, rows in files.items():
+        write(tmp_path / name, [{"is_safe": is_safe, "unsafe_probability": p} for is_safe, p in rows])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plots.py", "out.png", *files])
+    plots.main()
+    precision, histogram, diagram = axes
+    heights = {name: ys for name, (_, ys) in curves(precision).items()}
+    assert (heights["a"], heights["b"]) == ([1, 0.5], [0, 0.5]) and len(heights) == 3
+    assert "0.583" in precision.get_title()
+    bars = [[bar.get_height() for bar in kind] for kind in histogram.containers]
+    assert [(sum(heights), sum(heights[20:])) for heights in bars] == [(3, 1), (2, 2)]
+    points = diagram.collections[0].get_offsets().flatten().tolist()
+    assert points == pytest.approx([0.2, 0, 0.3, 0, 0.96, 2 / 3])
 
 
-def test_growth_may_be_of_one_thing(axes, tmp_path):
-    """Kills: axes that are taken for a table when they are a column."""
-    plots.plot_growth(tmp_path / "growth.png", {"length": GROWTH["length"]})
-    assert len(axes) == 2 and axes["peak memory, GB"].get_xlabel() == "tokens a row"
+def test_rows_without_a_score_are_refused(tmp_path):
+    """Kills: a traceback, a picture of nothing, a message that names no row."""
+    for rows, message in (([{"is_safe": True}], "line 1: "), (["text"], "line 1: "), ([], "no rows")):
+        write(tmp_path / "scores", rows)
+        with pytest.raises(UserError, match=message):
+            plots.read_scores([tmp_path / "scores"])
 
 
-def test_verdicts_show_every_length_and_contestant(axes, tmp_path):
+def test_growth_shows_its_curves_whole_above_zero(axes):
+    """Kills: a limit that the first curve or column sets, an axis that starts above zero."""
+    low, high = [(4, 0.5, 1e9), (8, 1.0, 2e9)], [(64, 1.0, 2e9), (512, 12.0, 5e9)]
+    plots.plot_growth("growth.png", {"rows": {"train": low}, "rank": {"train": low, "score": high}})
+    for drawn, top in zip(axes, (12, 12, 5, 5), strict=True):
+        assert drawn.get_ylim()[0] == 0 and top < drawn.get_ylim()[1] < 1.3 * top
+    assert curves(axes[3]) == {"train": ([4, 8], [1, 2]), "score": ([64, 512], [2, 5])}
+
+
+def test_verdicts_show_every_length_and_contestant(axes):
     """Kills: a curve under another's name, lengths in place of times."""
-    times = {
-        128: {"decode step": 20, "activated": 30, "full": 90},
-        512: {"decode step": 21, "activated": 31, "full": 400},
-    }
-    plots.plot_verdicts(tmp_path / "verdict.png", times, "One verdict")
-    drawn = axes["ms"]
-    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn.lines}
-    assert curves == {name: ([128, 512], [times[128][name], times[512][name]]) for name in times[128]}
-    assert drawn.get_title() == "One verdict"
-    assert [label.get_text() for label in drawn.get_xticklabels()] == ["128", "512"]
+    times = {n: {"decode step": n + 1, "activated": n + 2, "full": n + 3} for n in (128, 512)}
+    plots.plot_verdicts("verdict.png", times, "One verdict")
+    assert curves(axes[0]) == {name: ([128, 512], [times[n][name] for n in times]) for name in times[128]}
 
 
-def test_an_ablation_has_a_dot_for_every_guard(axes, tmp_path):
+def test_an_ablation_has_a_dot_for_every_guard(axes):
     """Kills: dots in another variant's line, a band that is not the default's."""
-    plots.plot_ablation(tmp_path / "ablation.png", {"default": [0.8, 0.9], "other": [0.7]})
-    [drawn] = axes.values()
-    names = [label.get_text() for label in drawn.get_yticklabels()]
-    dots = [(names[int(y)], x) for part in drawn.collections for x, y in part.get_offsets()]
-    assert sorted(dots) == [("default", 0.8), ("default", 0.9), ("other", 0.7)] and names[-1] == "default"
-    assert drawn.patches[0].get_extents().transformed(drawn.transData.inverted()).x0 == pytest.approx(0.8)
+    plots.plot_ablation("ablation.png", {"default": [0.8, 0.9], "other": [0.7]})
+    names = [label.get_text() for label in axes[0].get_yticklabels()]
+    dots = [(names[int(y)], x) for part in axes[0].collections for x, y in part.get_offsets()]
+    assert sorted(dots) == [("default", 0.8), ("default", 0.9), ("other", 0.7)]
+    assert axes[0].patches[0].get_x() == pytest.approx(0.8)
 
 
-def test_a_picture_without_matplotlib_is_refused_in_one_line(tmp_path, monkeypatch):
-    """Kills: a traceback for an optional package."""
+def test_a_picture_that_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
+    """Kills: a traceback for an optional package or a misspelt suffix."""
+    with pytest.raises(UserError, match=r"cannot draw .*plot\.xyz"):
+        plots.plot_ablation(tmp_path / "plot.xyz", {"default": [0.8]})
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         plots.plot_ablation(tmp_path / "ablation.png", {"default": [0.8]})
-
-
-def test_a_format_that_matplotlib_does_not_know_is_refused(tmp_path):
-    """Kills: a traceback for a misspelt suffix."""
-    with pytest.raises(UserError, match=r"cannot draw .*plot\.xyz"):
-        plots.plot_ablation(tmp_path / "plot.xyz", {"default": [0.8]})

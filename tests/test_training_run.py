@@ -1,33 +1,36 @@
-"""The files of a run, and how it goes on after it stopped. Each test names the mutations that it kills."""
+"""The folder of a run: what is saved, how a killed run goes on, and what is refused."""
 
+import contextlib
 import errno
 import itertools
 import json
-import multiprocessing
 import os
-import random
-import re
-import shlex
 import shutil
-import subprocess
-import sys
-import time
+import signal
+from datetime import date, timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
-from test_train import SCRIPT, read_config, run, table, tensors, write_learnable
+from conftest import make_model, make_tokenizer, write
+from test_train import FAST, MEASURES, close, learnable, read_config, run, table, tensors, write_learnable
 
-import runs
+import checkpoint
+import model
 import train
+import training_run
 from checkpoint import load_guard
-from common import UserError
-from data import encode_row, load_splits
-from model import GuardedChat
+from data import SPLITS, labels, load_splits
+from errors import UserError
+from metrics import metrics, unsafe_score
 
-LONG = ("--epochs=3", "--lora-dropout=0.1", "--learning-rate=0.005", "--per-device-batch-size=4")
+BARE = ["--no-unsafe-head", "--no-clf-head-bias"]
+
+
+class Death(BaseException):
+    """Ends a run as a kill does: no code of the run is called any more that could tidy up."""
 
 
 @pytest.fixture
@@ -35,300 +38,255 @@ def rows(tmp_path):
     return write_learnable(tmp_path / "rows.jsonl")
 
 
-def same_files(one, other):
-    def content(output):
-        files = [path for path in output.rglob("*") if path.is_file() and path.name != "state.pt"]
-        return {path.relative_to(output): path.read_bytes() for path in files}
-
-    assert content(one) == content(other)
+def files(output):
+    """{path: content} of a run's files but its state, which torch writes in more than one way."""
+    paths = [path for path in output.rglob("*") if path.is_file() and path.name != "state.pt"]
+    return {path.relative_to(output): path.read_bytes() for path in paths}
 
 
-class Death(BaseException):
-    """Ends a run as a kill does: no code of the run is called any more that could tidy up."""
-
-
-# ---------------------------------------------------------------------------
-# What is saved
-
-
-@pytest.mark.parametrize(
-    "options",
-    [[], ["--no-unsafe-head", "--no-clf-head-bias"], ["--guard-path=full"]],
-    ids=["default", "bare", "full"],
-)
-def test_a_saved_guard_gives_the_probabilities_that_were_measured(
-    options, model_folder, rows, tmp_path, monkeypatch
-):
-    """Kills: a calibration that is not folded into the head, folded the wrong way, or that of another epoch;
-    an output with another one's shift.
-    """
-    measured = []
-    unsafe_score = train.unsafe_score
-
-    def spy(logits, calibration, unsafe_head):
-        scores = unsafe_score(logits, calibration, unsafe_head)
-        measured.append((logits, calibration, scores))
-        return scores
-
-    monkeypatch.setattr(train, "unsafe_score", spy)
-    monkeypatch.setattr(train, "TRAIN_SAMPLE", 1000)  # all rows
-    output = tmp_path / "run"
-    run(monkeypatch, model_folder, output, "--dataset", rows, "--epochs=2", "--learning-rate=0.003", *options)
-    best = max(table(output, "metrics.csv"), key=lambda row: float(row["validation/auprc"]))
-    guard = load_guard(output / "config.json", device_id=-1)
-    splits = load_splits([rows])[0]
-    of_best = measured[3 * (int(best["epoch"]) - 1) :][:3]
-    for split, (logits, (shift, temperature), unsafe) in zip(train.SPLITS, of_best, strict=True):
-        found = guard.score([encode_row(guard.tokenizer, row)[0] for row in splits[split]])
-        found = found.double().sigmoid().numpy()
-        z = (logits.astype(float) - shift) / temperature
-        assert np.abs(z - logits).max() > 0.1  # so the calibration changes something
-        assert np.abs(found[:, 0] - unsafe).max() < 1e-6
-        assert np.abs(found[:, 1:] - 1 / (1 + np.exp(-z[:, 1:]))).max() < 1e-6
-    assert guard.config.threshold == float(best["threshold"])
-
-
-@pytest.mark.parametrize("unsafe_head", [True, False])
-def test_a_head_learns_no_bias_and_is_saved_with_the_calibrations(
-    unsafe_head, model_folder, rows, tmp_path, monkeypatch
-):
-    """Kills: an option that is not read, a bias that is learnt all the same, a calibration that is lost with
-    the bias.
-    """
-    calibrations = []
-    calibrate = train.calibrate
-    monkeypatch.setattr(
-        train, "calibrate", lambda *given: calibrations.append(calibrate(*given)) or calibrations[-1]
-    )
-    options = ["--epochs=1", "--no-clf-head-bias", *["--no-unsafe-head"] * (not unsafe_head)]
-    output = tmp_path / "run"
-    run(monkeypatch, model_folder, output, "--dataset", rows, *options)
-    outputs = 2 + unsafe_head
-    learnt = torch.load(output / "checkpoints/state.pt")["adapter"]
-    assert learnt["guard_head.weight"].shape == (outputs, 32) and "guard_head.bias" not in learnt
-    counts = json.loads((output / "parameter_counts.json").read_text())
-    assert counts["guard_head"] == outputs * 32
-    assert counts["trained"] == sum(tensor.numel() for tensor in learnt.values())
-    [(shift, temperature)] = calibrations
-    saved = tensors(output)
-    config = read_config(output)
-    assert saved["guard_head.bias"].numpy() == pytest.approx((-shift / temperature)[-outputs:], rel=1e-6)
-    assert saved["guard_head.bias"].abs().max() > 0.1
-    assert config["guard"]["clf_head_bias"] and config["guard"]["unsafe_head"] == unsafe_head
-    assert not config["arguments"]["clf_head_bias"]
-
-
-# ---------------------------------------------------------------------------
-# Going on
-
-
-def test_a_killed_run_goes_on_with_the_same_rows_cuts_and_rates(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: an epoch that starts anew, an order, cuts or a rate that follow from where a process began."""
-    seen = []  # (update, learning rate, its rows with their ends)
-    die_at = []
-    forward = GuardedChat.forward
+def die_at(monkeypatch, moment, *arguments):
+    """Call train.main() until update number `moment` begins. Returns the numbers of the updates before."""
+    begun = []
     rate = train.learning_rate
 
-    def spy(guard, conversations, ends=None):
-        if guard.training:
-            seen[-1][2].extend(zip(map(tuple, conversations), ends, strict=True))
-        return forward(guard, conversations, ends)
-
     def begin(update, updates, peak):
-        if update in die_at:
+        if update == moment:
             raise Death
-        seen.append((update, rate(update, updates, peak), []))
-        return seen[-1][1]
+        begun.append(update)
+        return rate(update, updates, peak)
 
-    def records(output, *options):
-        seen.clear()
-        try:
-            run(monkeypatch, model_folder, output, *arguments, *options)
-        except Death:
-            assert die_at
-        return list(seen)
-
-    monkeypatch.setattr(GuardedChat, "forward", spy)
-    monkeypatch.setattr(train, "learning_rate", begin)
-    arguments = ["--dataset", rows, *LONG, "--gradient-accumulation-steps=2", "--save-steps=2"]
-    whole = records(tmp_path / "whole")
-    assert [update for update, _, _ in whole] == list(range(27))  # 9 in each epoch
-    assert len({rate for _, rate, _ in whole}) > 20 and all(len(learnt) == 8 for _, _, learnt in whole)
-    die_at[:] = [14]  # in the middle of the second epoch
-    assert records(tmp_path / "killed") == whole[:14]
-    die_at[:] = [16]
-    assert records(tmp_path / "killed", "--resume") == whole[14:16]
-    die_at[:] = [17]  # before the next state is saved
-    assert records(tmp_path / "killed", "--resume") == whole[16:17]
-    die_at.clear()
-    assert records(tmp_path / "killed", "--resume") == whole[16:]
-    same_files(tmp_path / "whole", tmp_path / "killed")
+    with monkeypatch.context() as patch, contextlib.suppress(Death):
+        patch.setattr(train, "learning_rate", begin)
+        run(patch, *arguments)
+    return begun
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_death_at_any_write_changes_no_byte(function, model_folder, rows, tmp_path, monkeypatch):
-    """Kills: files that do not fit together, a state that is written before the files that belong to it, a
-    run that cannot begin anew, parts that are left behind.
-    """
-    some = tmp_path / "some.jsonl"
-    some.write_text("".join(Path(rows).read_text().splitlines(keepends=True)[:40]))
-    options = ["--per-device-batch-size=12", "--save-steps=2", "--epochs=2"]  # 3 updates in each epoch
-    arguments = ["--dataset", some, *LONG, *options]
-    # Every epoch counts as the best, so an adapter and its config are also written over older ones.
-    monkeypatch.setattr(runs, "best_epoch", lambda state: state["metrics"][-1])
-    run(monkeypatch, model_folder, tmp_path / "whole", *arguments)
-    original = getattr(os, function)
-    for last in itertools.count(1):
-        calls, output = [], tmp_path / f"{last} writes"
-
-        def dies(*paths, calls=calls, last=last):
-            calls.append(paths)
-            if len(calls) == last:
-                raise Death
-            return original(*paths)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, function, dies)
-            patch.setattr(os, "getpid", lambda: 7)  # the process that goes on has another id
-            try:
-                run(patch, model_folder, output, *arguments)
-            except Death:
-                pass
-            else:
-                break
-        resume = ["--resume"] * (output / "config.json").exists()
-        for part in output.glob("*.7.tmp") if not resume else ():  # a run that never began
-            part.unlink()
-        run(monkeypatch, model_folder, output, *arguments, *resume)
-        same_files(tmp_path / "whole", output)
-    assert last == 17  # 2 writes at the start, 5 after each epoch, and 4 states
+# ---------------------------------------------------------------- what is saved
 
 
-def train_and_exit(*arguments):
-    sys.argv = ["train.py", *map(str, arguments)]
-    train.main()
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("options", [[], BARE, ["--guard-path=full"]], ids=["default", "bare", "full"])
+def test_a_saved_guard_gives_what_was_measured(options, precision, model_folder, rows, tmp_path, monkeypatch):
+    """Kills: a calibration that is not folded in, or another epoch's; scores in bf16, of other rows."""
+    measured = []
+
+    def spy(logits, calibration, unsafe_head):
+        measured.append((logits, calibration, unsafe_score(logits, calibration, unsafe_head)))
+        return measured[-1][2]
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    monkeypatch.setattr(training_run, "unsafe_score", spy)
+    monkeypatch.setattr(training_run, "TRAIN_SAMPLE", 24)  # of 66 rows
+    output = tmp_path / "run"
+    run(monkeypatch, model_folder, output, "--dataset", rows, "--epochs=2", "--learning-rate=0.003", *options)
+    assert read_config(output)["arguments"]["mixed_precision"] == precision
+    best = max(table(output, "metrics.csv"), key=lambda row: float(row["validation/auprc"]))
+    guard = load_guard(output / "config.json", device_id=-1)
+    splits, names, _ = load_splits([rows])
+    of_best = measured[3 * (int(best["epoch"]) - 1) :][:3]
+    for split, (logits, (shift, temperature), unsafe) in zip(SPLITS, of_best, strict=True):
+        chosen = np.random.default_rng(0).permutation(len(splits[split]))[:24]
+        sample = [splits[split][n] for n in chosen] if split == "train" else splits[split]
+        z = (logits.astype(float) - shift) / temperature  # (N, 3)
+        assert np.abs(z - logits).max() > 0.1  # so the calibration changes something
+        verdicts = guard.classify(sample)
+        found = np.array([[v.unsafe, *v.categories.values()] for v in verdicts])  # (N, 3)
+        assert np.abs(found - np.c_[unsafe, 1 / (1 + np.exp(-z[:, 1:]))]).max() < 1e-5
+        flagged = np.array([v.flagged for v in verdicts])
+        wanted = metrics(labels(sample, names)[:, 0].numpy(), unsafe, flagged)
+        columns = {name: float(best[f"{split}/{name}"]) for name in MEASURES}
+        assert columns == pytest.approx(wanted, nan_ok=True)
+
+    learnt = torch.load(output / "checkpoints/state.pt")["adapter"]  # not calibrated
+    assert ("guard_head.bias" in learnt) == guard.config.unsafe_head == (options != BARE)
+    assert "guard_head.bias" in tensors(output) and guard.config.clf_head_bias
+    trained = sum(tensor.numel() for tensor in learnt.values())
+    head = sum(learnt[name].numel() for name in learnt if "guard_head" in name)
+    whole = sum(parameter.numel() for parameter in make_model().parameters())
+    counts = {"chat_model": whole, "lora": trained - head, "guard_head": head, "trained": trained}
+    counts["trained_share_of_chat_model"] = trained / whole
+    assert json.loads((output / "parameter_counts.json").read_text()) == counts
+
+
+# ---------------------------------------------------------------- going on
+
+
+def test_a_killed_run_goes_on_from_its_last_state(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: an epoch that starts anew; an order, cuts, dropout or a rate that a resumed run has not."""
+    arguments = ["--dataset", rows, "--epochs=3", "--lora-dropout=0.1", "--learning-rate=0.005"]
+    arguments += ["--per-device-batch-size=4", "--gradient-accumulation-steps=2", "--save-steps=2"]
+    assert die_at(monkeypatch, None, model_folder, tmp_path / "whole", *arguments) == list(range(27))
+    resume = []
+    for moment, first in {0: 0, 1: 0, 14: 0, 17: 14, 18: 16, 25: 18, None: 24}.items():
+        begun = die_at(monkeypatch, moment, model_folder, tmp_path / "killed", *arguments, *resume)
+        assert begun == list(range(first, 27 if moment is None else moment))
+        resume = ["--resume"]
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_no_byte(model_folder, rows, tmp_path):
-    """Kills: what only a dead process leaves behind, and moments that the tests above do not think of."""
-    processes = multiprocessing.get_context("forkserver")
-    # Without this, every process spends seconds on imports.
-    processes.set_forkserver_preload(["test_runs", "transformers.models.llama.modeling_llama"])
-
-    def begin(output):
-        resume = ["--resume"] * (output / "config.json").exists()
-        arguments = (model_folder, output, "--dataset", rows, *LONG, "--save-steps=3", *resume)
-        process = processes.Process(target=train_and_exit, args=arguments)
-        process.start()
-        return process
-
-    begin(tmp_path / "warm").join()
-    started = time.perf_counter()
-    begin(tmp_path / "whole").join()
-    duration = time.perf_counter() - started
-    moments = random.Random(0)
-    kills = 0
-    while kills < 20:
-        output = tmp_path / f"killed {kills}"
-        process = begin(output)
-        process.join(moments.uniform(0, duration))
-        if process.is_alive():
-            process.kill()
-            kills += 1
-        process.join()
-        if not (output / "config.json").exists():  # a run that never began
-            shutil.rmtree(output, ignore_errors=True)
-        resumed = begin(output)
-        resumed.join()
-        assert resumed.exitcode == 0
-        same_files(tmp_path / "whole", output)
-        shutil.rmtree(output)
-
-
-def test_a_full_disk_is_said_and_costs_nothing_that_was_saved(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: a file that is overwritten in place, a part that is left behind, a message without the file's
-    name.
-    """
-    output = tmp_path / "run"
-    arguments = ["--dataset", rows, *LONG, "--save-steps=3"]
+def test_an_end_at_any_write_changes_no_byte(model_folder, tmp_path, monkeypatch):
+    """Kills: files that do not fit together, one that is overwritten in place, parts that are left behind."""
+    some = write(tmp_path / "some.jsonl", learnable()[:40])
+    options = ["--per-device-batch-size=12", "--save-steps=2", "--lora-dropout=0.1"]  # 3 updates an epoch
+    arguments = ["--dataset", some, *FAST, *options]
+    # Every epoch counts as the best, so an adapter and its config are also written over older ones.
+    monkeypatch.setattr(training_run, "best_epoch", lambda state: state["metrics"][-1])
+    fsync = Mock()
+    monkeypatch.setattr(os, "fsync", fsync)
     run(monkeypatch, model_folder, tmp_path / "whole", *arguments)
-    saved = []
+    assert fsync.call_count == 16  # 2 writes at the start, 5 after each epoch, and 4 states
+    for number in range(16):
+        output, calls = tmp_path / f"{number} writes", itertools.count()
+        end = OSError(errno.ENOSPC, "No space left") if number % 3 else Death()
 
-    def files(*left_out):
-        paths = [path for path in output.rglob("*") if path.is_file() and path.suffix not in left_out]
-        return {path: path.read_bytes() for path in paths}
+        def ends(file, calls=calls, number=number, end=end):
+            if next(calls) == number:
+                os.ftruncate(file, os.fstat(file).st_size // 2)  # what a crash may leave
+                raise end
 
-    def fills_up(file):
-        saved.append(files(".tmp"))
-        if len(saved) > 5:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left.*state\.pt"):
-        patch.setattr(os, "fsync", fills_up)
-        run(patch, model_folder, output, *arguments)
-    assert files() == saved[-1]
-    # The system's own limit: no file of more than 16 KB, and the state has more.
-    command = [sys.executable, SCRIPT, model_folder, output, *arguments, "--resume"]
-    script = f"ulimit -f 16; exec {shlex.join(map(str, command))}"
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2
-    assert re.search(r"train\.py: .*File too large.*state\.pt", result.stderr.splitlines()[-1])
-    assert files() == saved[-1]
-    run(monkeypatch, model_folder, output, *arguments, "--resume")
-    same_files(tmp_path / "whole", output)
+        with monkeypatch.context() as patch, pytest.raises((Death, OSError)) as ended:
+            patch.setattr(os, "fsync", ends)
+            patch.setattr(os, "getpid", lambda: 7)  # the process that goes on has another id
+            run(patch, model_folder, output, *arguments)
+        if ended.type is OSError:
+            assert Path(ended.value.filename).is_relative_to(output) and not list(output.rglob("*.tmp"))
+        began = (output / "config.json").exists()
+        if not began:
+            shutil.rmtree(output)
+        run(monkeypatch, model_folder, output, *arguments, *["--resume"] * began)
+        assert files(output) == files(tmp_path / "whole")
 
 
-# ---------------------------------------------------------------------------
-# What is refused
+@pytest.mark.slow
+def test_a_resume_may_change_what_changes_no_result(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: names of files that are compared, a date or a dtype of the day that a run goes on."""
+    make_model().to(torch.bfloat16).save_pretrained(model_folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(model_folder)
+    shutil.copytree(model_folder, tmp_path / "moved")
+    (tmp_path / "link").symlink_to(model_folder)
+    same = shutil.copy(rows, tmp_path / "same.jsonl")
+    monkeypatch.chdir(tmp_path)
+    options = [*FAST, "--lora-dropout=0.1", "--save-steps=3", "--guard-path=full", "--dataset"]
+    monkeypatch.setattr(checkpoint, "product_seconds", lambda _, kind: kind == "bfloat16")
+    run(monkeypatch, model_folder, "whole", *options, rows)
+    die_at(monkeypatch, 7, model_folder, "killed", *options, rows)
+    monkeypatch.setattr(model, "date", Mock(today=lambda: date.today() + timedelta(days=1)))
+    monkeypatch.setattr(checkpoint, "product_seconds", lambda _, kind: kind == "float32")
+    bases = ["chat-model", "killed/../chat-model", "link", "moved", tmp_path / "moved"]
+    others = ["--eval-batch-size=3", "--report-to=tensorboard", "--gradient-checkpointing", "--save-steps=7"]
+    given = [[base, "resumed", *options, rows] for base in bases]
+    given += [[model_folder, "resumed", *options, same, other] for other in others]
+    for arguments in given:
+        shutil.copytree("killed", "resumed")
+        run(monkeypatch, *arguments, "--resume")
+        assert close(tensors("resumed"), tensors("whole"), 1e-5), arguments
+        shutil.rmtree("resumed")
 
 
-def test_a_resume_with_other_settings_is_refused_by_name(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: an argument that is not compared, caches that are kept from the middle on, a damaged state that
-    torch can read, other rows under the same name, another model in the same folder.
-    """
-    output = tmp_path / "run"
-    arguments = ["--dataset", rows, "--epochs=1"]
+# ---------------------------------------------------------------- what is refused
+
+OTHER = """--guard-path=full --guard-prompt=bread --lora-targets=q_proj --lora-r=3 --lora-alpha=31
+--lora-dropout=0.01 --no-unsafe-head --no-clf-head-bias --epochs=2 --per-device-batch-size=8
+--gradient-accumulation-steps=2 --learning-rate=0.002 --seed=1 --dtype=bfloat16"""  # in LEARNING's order
+
+
+@pytest.fixture
+def finished(model_folder, rows, tmp_path, monkeypatch):
+    """A run of one epoch, and a function that tries to go on with it and expects a refusal."""
+    arguments = [model_folder, tmp_path / "run", "--dataset", rows, "--epochs=1"]
 
     def refused(match, *options):
-        with pytest.raises(UserError, match=match):
-            run(monkeypatch, model_folder, output, *arguments, *options, "--resume")
+        with pytest.raises(UserError, match=match) as error:
+            run(monkeypatch, *arguments, *options, "--resume")
+        assert "\n" not in str(error.value)
 
-    run(monkeypatch, model_folder, output, *arguments)
-    refused(r"arguments\.lora_dropout", "--lora-dropout=0.1")
-    refused(r"arguments\.caches_kept", "--cache-dir", tmp_path / "caches")
-    state = output / "checkpoints/state.pt"
-    whole = state.read_bytes()
-    for damaged in ({"update": 3}, [1], None):
-        torch.save(damaged, state)
-        refused("holds no run to go on with")
-    state.write_bytes(whole[:-100])
-    refused("holds no run to go on with")
-    state.write_bytes(whole)
+    run(monkeypatch, *arguments)
+    return tmp_path / "run", refused
+
+
+def test_a_resume_with_other_settings_rows_or_models_is_refused_by_name(
+    finished, model_folder, rows, monkeypatch
+):
+    """Kills: an argument that is not compared, other rows under the same name, another model at its place."""
+    output, refused = finished
+    before = files(output)
+    given = [name for name in training_run.LEARNING if name not in ("num_processes", "mixed_precision")]
+    for name, option in zip(given, OTHER.split(), strict=True):
+        refused(rf"differs: {name}$", option)
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        refused(r"differs: mixed_precision$")
     text = Path(rows).read_text()
-    Path(rows).write_text(text.replace("safe safe", "safe"))
-    refused(r"rows\.train")
-    Path(rows).write_text(text.replace('"hate": true', '"hate": false'))
-    refused(r"rows\.train")
-    Path(rows).write_text(text.replace('"hate"', '"greed"'))  # the same values under another name
-    refused(r"guard\.categories")
+    for old, new in (("safe safe", "safe"), ('"hate": true', '"hate": false'), ('"hate"', '"greed"')):
+        Path(rows).write_text(text.replace(old, new))
+        refused(r"differs: test, train, validation$")
     Path(rows).write_text(text)
     other = make_model()
     torch.nn.init.constant_(other.model.norm.weight, 2)
     other.save_pretrained(model_folder)
-    refused(r"base_fingerprint\.norms")
+    refused(r"differs: norms$")
+    make_model("qwen2").save_pretrained(model_folder)
+    refused(r"differs: config, norms$")
+    assert files(output) == before
 
 
-def test_rows_may_move_to_another_file_before_a_resume(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: a comparison of the rows' file names instead of the rows."""
-    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", rows, "--epochs=1")
-    moved = Path(rows).rename(tmp_path / "moved.jsonl")
-    run(monkeypatch, model_folder, tmp_path / "run", "--dataset", moved, "--epochs=1", "--resume")
+def damaged(state):
+    """Yield what torch can read and this run cannot have saved."""
+    yield from ([1], {"update": 3}, state | {"update": 10**6}, state | {"losses": []})
+    yield state | {"run": state["run"] | {"seed": 1}}  # of another run
+    optimizer, moments = state["optimizer"], state["optimizer"]["state"]
+    for wrong in (torch.tensor(1.0), torch.ones(1), torch.ones(3, 3), torch.full((3, 32), torch.nan)):
+        yield state | {"adapter": state["adapter"] | {"guard_head.weight": wrong}}
+        changed = moments | {0: moments[0] | {"exp_avg": wrong}}
+        yield state | {"optimizer": optimizer | {"state": changed}}
 
 
-def test_a_folder_that_holds_another_run_is_left_alone(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: overwriting a finished run."""
-    (tmp_path / "config.json").write_text("another run's")
-    with pytest.raises(UserError, match="another run"):
-        run(monkeypatch, model_folder, tmp_path, "--dataset", rows)
-    assert (tmp_path / "config.json").read_text() == "another run's"
+def test_a_damaged_state_is_refused(finished):
+    """Kills: a state of another run that torch can read, a pipe that is waited for."""
+    output, refused = finished
+    path = output / "checkpoints/state.pt"
+    whole = path.read_bytes()
+    for state in damaged(torch.load(path)):
+        torch.save(state, path)
+        refused(r"state\.pt ")
+    for end in (-100, 0):
+        path.write_bytes(whole[:end])
+        refused(r"state\.pt is damaged")
+    path.unlink()
+    os.mkfifo(path)
+    signal.signal(signal.SIGALRM, Mock(side_effect=Death))
+    signal.alarm(10)
+    refused(r"state\.pt ")
+    signal.alarm(0)
+
+
+def test_a_folder_that_cannot_be_the_runs_is_refused_first(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: a finished run that is overwritten, a minute of loading before a refusal."""
+
+    def refused(match, *arguments):
+        with pytest.raises(UserError, match=match):
+            run(monkeypatch, model_folder, *arguments, "--dataset", rows)
+
+    monkeypatch.setattr(train, "load_chat_model", Mock(side_effect=Death))
+    monkeypatch.setattr(train, "load_splits", Mock(side_effect=Death))
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text("another run's")
+    refused("holds another run", tmp_path)
+    assert Path("config.json").read_text() == "another run's"
+    refused("holds no run to go on with", tmp_path, "--resume")  # what is there is no config
+    refused("holds no run to go on with", "none", "--resume")
+    Path("stale/checkpoints").mkdir(parents=True)
+    refused("holds another run", "stale")  # its state would be taken for the new run's
+    refused("is no folder to write in", rows)
+    refused("is no folder to write in", f"{rows}/run")
+    if os.getuid():  # root may write everywhere
+        Path("closed").mkdir(mode=0o500)
+        refused("is no folder to write in", "closed/run")
+    assert not Path("none").exists() and not Path("runs").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "check_folder", lambda *_: None)  # as if both had looked before either wrote
+    refused("holds another run", "stale")

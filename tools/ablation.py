@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checkpoint import EMBEDDED, load_chat_model
-from common import UserError, run, write_whole
 from data import read_rows, tenth_of
+from errors import UserError, run, write_whole
 from tools.guard_data import answers_alone, jsonl
 from tools.plots import plot_ablation
 
@@ -54,7 +54,8 @@ MORE_ROWS = {
     "rows: SafeRLHF too": ("safe_rlhf",),
 }
 TENTHS = {"train": range(1, 6), "validation": range(6, 10), "test": range(1)}  # of BeaverTails' prompts
-RESULTS = Path(__file__).with_name("ablation.json")
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "tools/ablation.json"
 
 
 def main():
@@ -112,10 +113,11 @@ def train(output, variant, seed, options, rows):
     """Train one guard, or go on with it; {"AUPRC", "category AP"} on validation after the last epoch."""
     folder = output / f"{variant} {seed}".translate(str.maketrans(" ,:", "___"))
     model = str(output / "plain-template") if variant == "template: plain" else EMBEDDED
-    command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), model, str(folder)]
-    command += ["--dataset", *rows, "--epochs=2", f"--seed={seed}", f"--guard-prompt={QUESTION}", *options]
-    if "--guard-path=full" not in options:
-        command += ["--cache-dir", str(output / "caches")]
+    script = [str(ROOT / "tools/train_cached.py"), str(output / "caches")]
+    if "--guard-path=full" in options:  # it has no caches to keep
+        script = [str(ROOT / "train.py")]
+    command = [sys.executable, *script, model, str(folder), "--dataset", *rows]
+    command += ["--epochs=2", f"--seed={seed}", f"--guard-prompt={QUESTION}", *options]
     if (folder / "config.json").exists():
         command.append("--resume")  # a run that has ended trains no further
     if subprocess.run(command, stdout=sys.stderr).returncode:

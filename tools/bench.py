@@ -21,10 +21,10 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from chat import encode, fork, shared_tokens
+from chat import encode, fork
 from checkpoint import EMBEDDED, build_guard, load_chat_model, save_adapter, use_fast_dtype
-from common import UserError, run
 from data import encode_row, labels, read_rows
+from errors import UserError, run
 from lora import LoRALinear, linear_size
 from train import guard_loss
 
@@ -59,7 +59,7 @@ def main():
     args = parse_arguments()
     rounds, lengths = (1, LENGTHS[:3]) if args.quick else (args.rounds, LENGTHS)
     guard, full = load(args.model, "train"), load(args.model, "score", guard_path="full")
-    rows = [row | {"category": None} for _, _, part in read_rows(args.dataset) for row in part][:512]
+    rows = [row | {"category": {}} for _, _, part in read_rows(args.dataset) for row in part][:512]
     if len(rows) < SCORED:
         raise UserError(f"there must be at least {SCORED} rows to measure with")
     texts = [encode_row(guard.tokenizer, row)[0] for row in rows]
@@ -162,9 +162,6 @@ def operations(guard, batches, training):
     question = guard.guard_prompt_ids.shape[1]
     lengths = [len(ids) for batch in batches for ids in batch]
     read = sum(2 * frozen * length + 2 * attention * length**2 for length in lengths)  # causal: half
-    for batch in batches:  # what a batch begins with is read once
-        shared = shared_tokens(guard.chat_model, batch)
-        read -= (2 * frozen * shared + 2 * attention * shared**2) * (len(batch) - 1)
     judged = sum(2 * frozen + 4 * attention * (length + question / 2) for length in lengths) * question
     lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers) * 2 * question * len(lengths)
     # Backward needs one more product where W is frozen (dy W), and two in LoRA (its factors learn).
@@ -286,7 +283,7 @@ def measure_verdict(guard, full, length, rounds):
     cache = guard.chat_model.base_model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
     contestants = {
         "decode step": lambda: guard.chat_model(input_ids=token, past_key_values=fork(cache)),
-        "activated": lambda: guard.judge(cache),
+        "activated": lambda: guard.guard_logits(guard.ask(cache)),
         "full": lambda: full([ids]),
     }
     found = turns(f"verdicts on {length} tokens", contestants, rounds)
@@ -312,8 +309,7 @@ def measure_growth(model):
 def peak(model, what, rows=16, length=128, rank=16):
     """(seconds of the second step, peak resident bytes) of a process that only trains or only scores."""
     guard = load(model, "train", lora_r=rank)
-    ids = (encode(guard.tokenizer, MESSAGES)[0] * length)[1:length]
-    texts = [[row, *ids] for row in range(rows)]  # nothing is shared that could be read once
+    texts = [(encode(guard.tokenizer, MESSAGES)[0] * length)[:length]] * rows
     targets = torch.zeros(rows, guard.head.out_features)
     optimizer = torch.optim.AdamW(guard.parameters())
     for _ in range(2):

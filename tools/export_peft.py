@@ -17,7 +17,8 @@ import safetensors.torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checkpoint import load_guard
-from common import refuse, run, write_json, write_whole
+from errors import refuse, run, write_whole
+from training_run import write_json
 
 LORA = "base_model.model."  # how PEFT names begin
 

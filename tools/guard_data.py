@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import read_file, run, write_whole
-from data import conversation, tenth_of
+from chat import conversation
+from data import read_file, tenth_of
+from errors import UserError, refuse, run, write_whole
 
 ROOT = Path(__file__).parents[1]
 LONGEST, LONGEST_PAIR = 1000, 700  # characters: a longer prompt is left out, a longer answer is cut
@@ -159,7 +160,11 @@ COPIES = {  # name: (sources, what makes rows of their rows, limits as above)
 
 
 def read(path):
-    return [row for _, row in read_file(Path(path))]
+    """The rows of a file as they are. Raises UserError for one that cannot be read."""
+    rows = list(read_file(path))
+    for where, row in rows:
+        refuse(isinstance(row, UserError), f"{where}: {row}")
+    return [row for _, row in rows]
 
 
 def jsonl(rows):

@@ -1,15 +1,50 @@
-"""Pictures of what the commands measured. matplotlib is imported only here."""
+"""Draw precision over recall, the scores by class, and reliability. Only this file imports matplotlib.
+
+    python tools/plots.py OUT.png SCORES.jsonl [SCORES.jsonl ...]
+
+`evaluate.py --scores` writes SCORES.jsonl. The pictures of tools/bench.py and tools/ablation.py are here too.
+"""
+
+import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
 
-from common import explain
-from metrics import average_precision, curve, reliability
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data import read_file
+from errors import UserError, check_output, explain, refuse, run
+from metrics import average_precision, curve
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("picture", type=Path, metavar="OUT.png")
+    parser.add_argument("scores", type=Path, nargs="+", metavar="SCORES.jsonl")
+    args = parser.parse_args()
+    check_output(args.picture)
+    plot_evaluation(args.picture, *read_scores(args.scores))
+
+
+def read_scores(paths):
+    """(whether each row is unsafe, its score, its file), each (N,). Raises UserError for other rows."""
+    rows = []
+    for path in paths:
+        for where, row in read_file(path):
+            refuse(isinstance(row, UserError), f"{where}: {row}")
+            with explain(f"{where}: `evaluate.py --scores` writes other rows"):
+                score = np.nan if row["unsafe_probability"] is None else float(row["unsafe_probability"])
+                rows.append((not row["is_safe"], score, str(path)))
+    refuse(not rows, "there are no rows to draw")
+    unsafe, scores, sources = map(np.array, zip(*rows, strict=True))
+    return unsafe, np.nan_to_num(scores, nan=1.0), sources  # a broken guard flags all
 
 
 def plot_evaluation(path, labels, scores, sources):
-    """Draw precision over recall, the scores by class, and reliability.
+    """Draw the three. Each file with unsafe rows gets a curve of its own.
 
-    labels, scores: (N,). sources: the file of each row (N,); each with unsafe rows gets a curve of its own.
+    labels, scores, sources: whether each row is unsafe, its score, and its file; each (N,).
     """
     figure, (precision, histogram, diagram) = figure_of(1, 3, figsize=(12, 4))
     names = [name for name in dict.fromkeys(sources) if labels[sources == name].any()]
@@ -30,6 +65,14 @@ def plot_evaluation(path, labels, scores, sources):
     diagram.scatter(score, positive, s=400 * rows / rows.sum())
     diagram.set(xlabel="unsafe probability", ylabel="share of unsafe rows", title="reliability")
     save(figure, path)
+
+
+def reliability(labels, scores):
+    """Per tenth of the scores that has any: (rows, mean score, share of positives), each (tenths,)."""
+    tenths = np.minimum((scores * 10).astype(int), 9)  # (N,)
+    sums = np.stack([np.bincount(tenths, weights) for weights in (None, scores, labels)])
+    rows, score, positive = sums[:, sums[0] > 0]
+    return rows, score / rows, positive / rows
 
 
 def plot_ablation(path, found):
@@ -87,3 +130,7 @@ def figure_of(*shape, **options):
 def save(figure, path, **options):
     with explain(f"cannot draw {path}", ValueError):  # for a suffix that is not a format
         figure.savefig(path, **options)
+
+
+if __name__ == "__main__":
+    run(main)

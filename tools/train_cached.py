@@ -1,11 +1,16 @@
-"""Keep what the chat path makes of each conversation on disk, so later epochs and runs do not read it again.
+"""Train as train.py does, but let the chat path read each conversation once, into a file.
 
-`train.py --cache-dir FOLDER` uses this. The activated path needs no gradient through the conversation, so its
-KV cache is the same in every epoch.
+    python tools/train_cached.py CACHE_DIR [all arguments of train.py]
+
+No gradient goes through the conversation, so its KV cache is the same in every epoch and every later run.
 """
 
+import argparse
+import bisect
+import functools
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import safetensors.torch
@@ -15,59 +20,79 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from common import explain, refuse, write_whole
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train
+from errors import explain, refuse, run, write_whole
 
 
-def keep_caches(guard, folder):
-    """Let `guard` read each conversation once, into a file below `folder`. Returns the folder of this model.
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cache_dir", type=Path)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="those of train.py")
+    args = parser.parse_args()
+    sys.argv[1:] = args.arguments
+    train.load = functools.partial(load_cached, train.load, args.cache_dir)
+    train.main()
 
+
+def load_cached(load, cache_dir, *arguments):
+    """What `load`, which is train.load, returns, with a guard that keeps caches."""
+    guard, splits, config = load(*arguments)
+    keep_caches(guard, cache_dir, [ids for split in splits.values() for ids in split.ids])
+    return guard, splits, config
+
+
+def keep_caches(guard, cache_dir, texts=()):
+    """Replace guard.states by one that keeps caches in a folder of this chat model, which is returned.
+
+    texts: lists of token ids. What begins one of them takes the beginning of its cache.
     Raises UserError for a model whose cache does not hold a whole conversation in one shape.
     """
-    device = guard.guard_prompt_ids.device
-    layers = [] if guard.is_full else getattr(read(guard, guard.guard_prompt_ids[0].tolist()), "layers", [])
-    shapes = {tensor.shape for x in layers if type(x) is DynamicLayer for tensor in (x.keys, x.values)}
-    odd = len(shapes) != 1 or any(type(layer) is not DynamicLayer for layer in layers)
-    refuse(odd, "the caches of this guard and chat model cannot be kept: leave out --cache-dir")
-    folder = Path(folder) / digest(guard.chat_model)
+    layers = [] if guard.is_full else read(guard, guard.guard_prompt_ids[0].tolist())
+    shapes = {(type(layer), part.shape) for layer in layers for part in (layer.keys, layer.values)}
+    fits = [kind for kind, _ in shapes] == [DynamicLayer]
+    refuse(not fits, "the caches of this guard and chat model cannot be kept; use train.py")
+    folder = Path(cache_dir, digest(guard.chat_model))
     folder.mkdir(parents=True, exist_ok=True)
-
-    def forward(conversations, ends=None):
-        """As GuardedChat.forward: the first `ends` tokens of B lists of token ids -> logits (B, 1 + K)."""
-        ends = ends or [len(ids) for ids in conversations]
-        rows = [kept(guard, folder, ids)[:, :, :, :end] for ids, end in zip(conversations, ends, strict=True)]
-        longest = max(ends)
-        mask = torch.tensor([[0] * (longest - end) + [1] * end for end in ends], device=device)  # (B, T)
-        rows = torch.stack([F.pad(row, (0, 0, longest - row.shape[3], 0)) for row in rows], dim=2).to(device)
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(rows):  # (B, heads, T, width)
-            cache.update(keys, values, layer)
-        return guard.judge(cache, None if mask.all() else mask)
-
-    guard.forward = forward
+    texts = sorted(ids for ids in texts if len(ids) <= guard.max_tokens)
+    guard.states = functools.partial(cached_states, guard, folder, texts)
     return folder
 
 
-def kept(guard, folder, ids):
+def cached_states(guard, folder, texts, conversations):
+    """As GuardedChat.states: B lists of token ids -> last hidden states (B, H)."""
+    _, mask = guard.pad(conversations, "left")  # (B, T)
+    rows = [kept(guard, folder, texts, ids) for ids in conversations]
+    rows = [F.pad(row, (0, 0, mask.shape[1] - row.shape[3], 0)) for row in rows]
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(torch.stack(rows, dim=2).to(mask.device)):  # (B, heads, T, width)
+        cache.update(keys, values, layer)
+    return guard.ask(cache, None if mask.all() else mask)
+
+
+def kept(guard, folder, texts, ids):
     """The cache of one conversation, (layers, 2, heads, T, width): keys and values.
 
     It is read alone, so a file is the same whatever batch it was first needed in.
     """
+    place = bisect.bisect_left(texts, ids)  # `texts` are sorted, so a text that begins with `ids` stands here
+    whole = next((text for text in texts[place : place + 1] if text[: len(ids)] == ids), ids)
     device = guard.guard_prompt_ids.device.type
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-    content = json.dumps([ids, str(guard.chat_model.dtype), autocast]).encode()
+    content = json.dumps([whole, str(guard.chat_model.dtype), autocast]).encode()
     path = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
     if not path.exists():
-        layers = read(guard, ids).layers
-        row = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])
+        row = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in read(guard, whole)])
         write_whole(path, safetensors.torch.save({"cache": row.cpu()}))
     with explain(f"{path} is damaged, delete it", (safetensors.SafetensorError, KeyError)):
-        return safetensors.torch.load_file(path)["cache"]
+        return safetensors.torch.load_file(path)["cache"][..., : len(ids), :]
 
 
 @torch.no_grad()
 def read(guard, ids):
-    ids = torch.tensor([ids], device=guard.guard_prompt_ids.device)
-    return guard.chat_model.base_model(input_ids=ids, use_cache=True).get("past_key_values")
+    """The layers of the chat path's cache of one conversation."""
+    return guard.chat_model.base_model(input_ids=guard.tensor(ids), use_cache=True).past_key_values.layers
 
 
 def digest(chat_model):
@@ -76,3 +101,7 @@ def digest(chat_model):
     frozen = [p if type(p) is nn.Parameter else p.dequantize() for p in frozen]
     sample = torch.cat([p.detach().flatten()[:64].float().cpu() for p in frozen]).numpy().tobytes()
     return hashlib.sha256(sample + chat_model.config.to_json_string().encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    run(main)

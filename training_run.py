@@ -1,0 +1,193 @@
+"""The folder of a training run: what is measured and saved after an epoch, and how a killed run goes on."""
+
+import csv
+import io
+import json
+import os
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+from accelerate.utils import tqdm
+
+from checkpoint import adapter_header, put_adapter, refuse_other, save_adapter
+from data import SPLITS
+from errors import explain, refuse, write_whole
+from metrics import DEFAULT_RATE, calibrate, metrics, operating_points, unsafe_score
+from model import NEVER, GuardConfig
+
+TRAIN_SAMPLE = 48  # training rows at most that are scored after each epoch
+LEARNING = (  # the arguments that change the result, besides the rows and the chat model
+    *("guard_path", "guard_prompt", "lora_targets", "lora_r", "lora_alpha", "lora_dropout"),
+    *("unsafe_head", "clf_head_bias", "epochs", "per_device_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "seed", "num_processes", "mixed_precision", "compute_dtype"),
+)
+
+# ---------------------------------------------------------------- starting and resuming
+
+
+def check_folder(output, resume):
+    """Raise UserError now for a folder that cannot be written or holds another run."""
+    nearest = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.exists())
+    refuse(not (nearest.is_dir() and os.access(nearest, os.W_OK)), f"{nearest} is no folder to write in")
+    taken = (output / "config.json").exists() or (output / "checkpoints").exists()
+    refuse(taken and not resume, f"{output} holds another run: name another folder, or go on by --resume")
+
+
+def read_config(output):
+    """The config of a run to go on with."""
+    with explain(f"{output} holds no run to go on with"):
+        saved = json.loads((output / "config.json").read_text())
+        return {part: dict(saved[part]) for part in ("base_fingerprint", "rows", "arguments", "guard")}
+
+
+def what_counts(config):
+    """The parts of config.json that fix what a run learns."""
+    learning = {name: config["arguments"].get(name) for name in LEARNING}
+    return learning | config["base_fingerprint"] | config["rows"]
+
+
+def open_run(accelerator, output, guard, optimizer, config, saved):
+    """A run's state. With a `saved` config its adapter and moments go into guard and optimizer."""
+    state = {"update": 0, "losses": [], "metrics": [], "run": what_counts(config)}
+    if accelerator.log_with:
+        accelerator.init_trackers("lora-guard", {name: str(value) for name, value in config.items()})
+    accelerator.wait_for_everyone()  # so no process's check_folder sees the files of this run
+    if saved:
+        refuse_other(output, what_counts(config), what_counts(saved))
+        for left in output.rglob("*.[0-9]*.tmp"):  # of writes that were killed
+            left.unlink(missing_ok=True)
+        path = output / "checkpoints/state.pt"
+        return read_state(path, guard, optimizer, state["run"]) if path.exists() else state
+    if accelerator.is_main_process:
+        with explain(f"{output} holds another run", FileExistsError):
+            (output / "checkpoints").mkdir(parents=True)
+        write_json(output / "parameter_counts.json", parameter_counts(guard))
+        write_json(output / "config.json", config)  # last, because --resume goes on from it
+    return state
+
+
+def read_state(path, guard, optimizer, run):
+    """What save_state wrote. Raises UserError for a damaged file, or that of another run."""
+    with explain(f"{path} is damaged"):
+        refuse(not path.is_file(), f"{path} is not a file")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_other(path, run, state["run"])
+        put_adapter(path, guard, state.pop("adapter"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        moments = [(p, optimizer.state[p]) for p in guard.adapter().values()]
+        fits = all(p.shape == m["exp_avg"].shape == m["exp_avg_sq"].shape for p, m in moments)
+        refuse(not fits or state["update"] != len(state["losses"]), f"{path} does not fit this run")
+    return state
+
+
+def save_state(accelerator, output, guard, optimizer, state):
+    """Write all that --resume needs in one file, so all parts belong to the same update."""
+    if accelerator.is_main_process:
+        adapter = {name: parameter.detach().cpu() for name, parameter in guard.adapter().items()}
+        buffer = io.BytesIO()
+        torch.save(state | {"adapter": adapter, "optimizer": optimizer.optimizer.state_dict()}, buffer)
+        write_whole(output / "checkpoints/state.pt", buffer.getbuffer())
+
+
+def parameter_counts(guard):
+    """How large the guard is, and its share of the chat model."""
+    trained = sum(parameter.numel() for parameter in guard.adapter().values())
+    head = sum(parameter.numel() for parameter in guard.head.parameters())
+    chat_model = sum(parameter.numel() for parameter in guard.parameters()) - trained
+    counts = {"chat_model": chat_model, "lora": trained - head, "guard_head": head, "trained": trained}
+    return counts | {"trained_share_of_chat_model": trained / chat_model}
+
+
+# ---------------------------------------------------------------- after an epoch
+
+
+def measure(accelerator, guard, splits, batch_size):
+    """Calibrate and choose thresholds on validation -> (shift, temperature), points, row of metrics.csv."""
+    logits, targets, answered = {}, {}, {}
+    for name, split in splits.items():
+        rows = np.arange(len(split.ids))
+        rows = np.random.default_rng(0).permutation(rows)[:TRAIN_SAMPLE] if name == "train" else rows
+        logits[name] = score(accelerator, guard, [split.ids[row] for row in rows], batch_size).numpy()
+        targets[name] = split.labels.numpy()[rows]
+        answered[name] = split.answered[rows]
+    calibration = calibrate(logits["validation"], targets["validation"], splits["train"].pos_weight.numpy())
+    scores = {name: unsafe_score(z, calibration, guard.config.unsafe_head) for name, z in logits.items()}
+    points = operating_points(targets["validation"][:, 0], scores["validation"], answered["validation"])
+    default = str(DEFAULT_RATE)
+    guard.config.threshold, _ = points["answer"].get(default, (GuardConfig.threshold, None))
+    guard.config.prompt_threshold, _ = points["prompt"].get(default, (NEVER, None))
+    row = {"threshold": guard.config.threshold, "prompt_threshold": guard.config.prompt_threshold}
+    for name, target in targets.items():
+        flag_from = np.where(answered[name], guard.config.threshold, guard.config.prompt_threshold)
+        found = {name: metrics(target[:, 0], scores[name], scores[name] >= flag_from)}
+        for k, category in enumerate(guard.config.categories, 1):
+            known = ~np.isnan(target[:, k])
+            z = logits[name][known, k]
+            # Where a logit turns positive, the weighted loss is balanced between misses and false alarms.
+            found[f"{name}/{category}"] = metrics(target[known, k], z, z >= 0)
+        row |= {f"{part}/{metric}": value for part in found for metric, value in found[part].items()}
+    return calibration, points, row
+
+
+def score(accelerator, guard, texts, batch_size):
+    """Logits (N, 1 + K) of N lists of ids, on the CPU. Each process computes a part; all get the whole."""
+    logits = torch.zeros(len(texts), 1 + len(guard.config.categories))
+    mine = range(accelerator.process_index, len(texts), accelerator.num_processes)
+    for start in tqdm(range(0, len(mine), 8 * batch_size), desc="measuring", leave=False):
+        rows = list(mine[start : start + 8 * batch_size])
+        logits[rows] = guard.score([texts[row] for row in rows], batch_size)
+    return accelerator.reduce(logits.to(accelerator.device), "sum").cpu()
+
+
+def best_epoch(state):
+    """The metrics of the best epoch by validation AUPRC; of equal ones the first."""
+    return max(state["metrics"], key=lambda row: row["validation/auprc"])
+
+
+def summary(output, state):
+    """What a run says at its end."""
+    best, too_few = best_epoch(state), "validation has too few safe or unsafe rows"
+    lines = [f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}"]
+    if best["threshold"] == GuardConfig.threshold:
+        lines.append(f"it flags answers from {GuardConfig.threshold}: {too_few} with a response")
+    if best["prompt_threshold"] == NEVER:
+        lines.append(f"it refuses no prompt: {too_few} without a response")
+    return "\n".join(lines)
+
+
+def save_epoch(accelerator, output, guard, measured, state, config):
+    """Write the epoch's adapter, the best one so far with its config, and the two tables."""
+    calibration, points, row = measured
+    state["metrics"].append({"epoch": len(state["metrics"]) + 1, **row})
+    figures = (f"{s} AUPRC {row[f'{s}/auprc']:.3f} F1 {row[f'{s}/f1']:.3f}" for s in SPLITS)
+    accelerator.print(f"epoch {len(state['metrics'])}: {', '.join(figures)}")
+    accelerator.log(row, step=state["update"])
+    if not accelerator.is_main_process:
+        return
+    settings = replace(guard.config, clf_head_bias=True)
+    header = adapter_header(config["base_fingerprint"], settings)
+    tensors = calibrated(guard, *calibration)
+    save_adapter(output / f"checkpoints/epoch_{len(state['metrics'])}.safetensors", tensors, header)
+    if best_epoch(state) is state["metrics"][-1]:
+        save_adapter(output / "adapter.safetensors", tensors, header)
+        write_json(output / "config.json", config | {"guard": asdict(settings), "operating_points": points})
+    for name, rows in (("metrics.csv", state["metrics"]), ("train_losses.csv", state["losses"])):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(output / name, text.getvalue().encode())
+
+
+def calibrated(guard, shift, temperature):
+    """What is saved: LoRA, and a head whose logits are calibrated: V' = V / T, b' = (b - shift) / T."""
+    weight, bias = guard.head.weight.detach(), guard.head.bias
+    shift, temperature = (torch.tensor(values[-len(weight) :]).to(weight) for values in (shift, temperature))
+    bias = (0 if bias is None else bias.detach()) - shift
+    head = {"guard_head.weight": weight / temperature[:, None], "guard_head.bias": bias / temperature}
+    return guard.adapter() | head
+
+
+def write_json(path, content):
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
