@@ -85,14 +85,18 @@ def compare(guard):
 @torch.enable_grad()
 def sees_what_follows(model, ids, end):
     """Whether the states of the first `end` tokens have a gradient in a later one; exact in any dtype."""
-    embedded = []
-    embedding = model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda *parts: embedded.append(parts[-1].requires_grad_()))
+    leaves = []
+
+    def watch(_, __, embedded):
+        leaves.append(embedded.detach().requires_grad_())
+        return leaves[0].clone()  # some models scale it in place, which a leaf forbids
+
+    hook = model.get_input_embeddings().register_forward_hook(watch)
     try:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :end]
     finally:
         hook.remove()
-    (gradient,) = torch.autograd.grad((hidden * torch.randn_like(hidden)).sum(), embedded[0])
+    (gradient,) = torch.autograd.grad((hidden * torch.randn_like(hidden)).sum(), leaves[0])
     return gradient[:, end:].any().item()
 
 

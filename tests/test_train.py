@@ -365,3 +365,14 @@ def test_a_bad_argument_is_refused_by_name_before_anything_is_written(
         learn("run", learnable(), argument)
     said = capsys.readouterr().err if left.type is SystemExit else str(left.value)
     assert BAD[argument] in said.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting", ["MIXED_PRECISION=fp8", "DYNAMO_BACKEND=eager"])
+def test_what_would_change_the_chat_model_is_refused(setting, learn, tmp_path, monkeypatch):
+    """Kills: a guard that is measured in another model than the one it is used in, and nobody is told."""
+    name, value = setting.split("=")
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=r"fp8|accelerate"):
+        learn("run", learnable())
+    assert not (tmp_path / "run").exists()
+    AcceleratorState._reset_state(True)  # the next test starts without fp8
