@@ -29,12 +29,12 @@ from errors import UserError, explain, one_line, refuse, without_twins
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
 KINDS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
-SPLITS = ("train", "validation", "test")
 WORDS = {  # of a file's name, as in the datasets library
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
+SPLITS = tuple(WORDS)
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 LABELS |= dict.fromkeys(("", "none", "nan", "null"))
 

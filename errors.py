@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import sys
 import unicodedata
@@ -79,15 +78,16 @@ def json_line(row):
     return (to_json(row) + "\n").encode()
 
 
-def number(kind, above, at_most=math.inf):
+def number(kind, above, at_most=sys.float_info.max):
     """A converter for argparse: int or float, finite and within these bounds."""
 
-    def number(text):
-        if not above < kind(text) <= at_most or math.isinf(kind(text)):
+    def number_in_bounds(text):
+        value = kind(text)
+        if not above < value <= at_most:
             raise ValueError
-        return kind(text)
+        return value
 
-    return number
+    return number_in_bounds
 
 
 def guard_arguments(parser):

@@ -17,11 +17,10 @@ from metrics import DEFAULT_RATE, calibrate, metrics, operating_points, unsafe_s
 from model import NEVER, GuardConfig
 
 TRAIN_SAMPLE = 48  # training rows at most that are scored after each epoch
-LEARNING = (  # the arguments that change the result, besides the rows and the chat model
-    *("guard_path", "guard_prompt", "lora_targets", "lora_r", "lora_alpha", "lora_dropout"),
-    *("unsafe_head", "clf_head_bias", "epochs", "per_device_batch_size", "gradient_accumulation_steps"),
-    *("learning_rate", "seed", "num_processes", "mixed_precision", "compute_dtype"),
-)
+# The arguments that change the result, besides the rows and the chat model
+LEARNING = ("guard_path", "guard_prompt", "lora_targets", "lora_r", "lora_alpha", "lora_dropout")
+LEARNING += ("unsafe_head", "clf_head_bias", "epochs", "per_device_batch_size", "gradient_accumulation_steps")
+LEARNING += ("learning_rate", "seed", "num_processes", "mixed_precision", "compute_dtype")
 
 # ---------------------------------------------------------------- starting and resuming
 
