@@ -121,14 +121,15 @@ def csv_rows(lines):
     while True:
         try:
             cells = next(reader, None)
-            refuse(cells and len(cells) != len(names), f"there are not {len(names)} cells")
-            row = dict(zip(names, cells or (), strict=False))
-        except (csv.Error, UserError) as error:  # such as a stray quote; it costs this row alone
-            row = UserError(f"cannot be read as CSV ({one_line(error)})")
+        except csv.Error as error:  # such as a stray quote; it costs this row alone
+            yield f"line {reader.line_num}", UserError(f"cannot be read as CSV ({one_line(error)})")
+            continue
         if cells is None:
             return
-        if cells:
-            yield f"line {reader.line_num}", row
+        if len(cells) == len(names):
+            yield f"line {reader.line_num}", dict(zip(names, cells, strict=True))
+        elif cells:
+            yield f"line {reader.line_num}", UserError(f"{len(cells)} cells for {len(names)} columns")
 
 
 def parquet_rows(file, columns):
