@@ -87,10 +87,7 @@ def render(tokenizer, messages):
     # Templates drop reasoning from earlier answers, and the chat model does not read it either.
     visible = [mark if m["role"] == "assistant" else m for m, mark in zip(messages, marked, strict=True)]
     ids, wanted_ids = (read(tokenizer, part, add_generation_prompt=True) for part in (messages, marked))
-    shown, skeleton = (
-        tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=True)
-        for part in (visible, marked)
-    )
+    shown, skeleton = (write(tokenizer, part, add_generation_prompt=True) for part in (visible, marked))
     filled = re.sub(f"{MARK}([0-9]+){MARK}", lambda mark: visible[int(mark[1])]["content"], skeleton)
     missing = any(m["content"] not in skeleton for m in marked if m["role"] != "assistant")
     drops = missing or "".join(shown.split()) != "".join(filled.split())
@@ -110,6 +107,12 @@ def read(tokenizer, messages, **options):
         if is_spelled_out:
             tokenizer.chat_control_tokens = list(control.values())
         return tokenizer.apply_chat_template(messages, **options)
+
+
+def write(tokenizer, messages, **options):
+    """Messages in a chat template, as text."""
+    with explain("the chat template cannot write this conversation"):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 @functools.lru_cache(maxsize=8)
@@ -141,9 +144,7 @@ def answer_opening(tokenizer, messages):
     GPT-OSS's writes the name of a channel there, Qwen3's an empty thinking block.
     """
     marked = [m | {"content": MARK} for m in (*messages, {"role": "assistant"})]
-    with explain("the chat template cannot write an answer"):
-        prompt = tokenizer.apply_chat_template(marked[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(marked, tokenize=False)
+    prompt, whole = write(tokenizer, marked[:-1], add_generation_prompt=True), write(tokenizer, marked)
     opening = whole.removeprefix(prompt).partition(MARK)[0] if whole.startswith(prompt) else ""
     with TOKENIZER_LOCK:
         return tokenizer(opening, add_special_tokens=False).input_ids
@@ -156,8 +157,7 @@ def shown_text(tokenizer, ids, opening=()):
     the text behind its last occurrence is for the user, and the template keeps only that.
     """
     if set(opening) & set(tokenizer.all_special_ids):
-        size = len(opening)
-        ends = [n for n in range(size, len(ids) + 1) if ids[n - size : n] == opening]
+        ends = [n for n in range(len(opening), len(ids) + 1) if ids[n - len(opening) : n] == opening]
         ids = ids[ends[-1] :] if ends else []
     ends = range(len(ids), max(len(ids) - 4, -1), -1)  # a character has up to four tokens
     texts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in ends]

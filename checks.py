@@ -23,20 +23,15 @@ def check_settings(config):
     """Raise ValueError for a GuardConfig that makes no sense."""
     numbers = [config.lora_r, config.lora_alpha, config.lora_dropout]
     numbers += [config.threshold, config.prompt_threshold]
-    finite = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        raise ValueError("a number is not a finite one")
     names = config.categories
+    different = type(names) is list and len(set(names)) == len(names)
     for is_right, message in (
-        (finite, "a number is not a finite one"),
-        (
-            finite and config.lora_r >= 1 and config.lora_alpha > 0,
-            "LoRA needs r of at least 1 and alpha above 0",
-        ),
-        (finite and 0 <= config.lora_dropout < 1, "LoRA's dropout must be at least 0 and below 1"),
+        (config.lora_r >= 1 and config.lora_alpha > 0, "LoRA needs r of at least 1 and alpha above 0"),
+        (0 <= config.lora_dropout < 1, "LoRA's dropout must be at least 0 and below 1"),
         (config.guard_path in ("activated", "full"), "the guard path must be activated or full"),
-        (
-            type(names) is list and len(set(names)) == len(names),
-            "categories must be a list of different names",
-        ),
+        (different, "categories must be a list of different names"),
         (config.unsafe_head or names, "without the unsafe output, rows need categories"),
     ):
         if not is_right:

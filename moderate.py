@@ -240,9 +240,8 @@ def main():
     alone = accelerator.num_processes == 1
     refuse(not (alone or args.input), "several processes can share the rows of --input only")
     guard = guard_of(args)
-    if (
-        args.input or args.response is not None or args.dtype
-    ):  # without --dtype, an answer is written in the stored one
+    judges_only = args.input or args.response is not None
+    if judges_only or args.dtype:  # without --dtype, an answer is written in the stored one
         accelerator.print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
     if args.input:
         return score_file(guard, args.input, args.output, accelerator)

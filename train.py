@@ -183,10 +183,10 @@ def load(args, accelerator, saved):
         checkpoint_gradients(guard)
     splits = {name: Split(rows[name], guard, is_trained=name == "train") for name in SPLITS}
     left_out = len(rows["train"]) - len(splits["train"].ids)
-    notes.append(f"left out {left_out} training rows of more than {guard.max_tokens} tokens")
+    too_long = f"left out {left_out} training rows of more than {guard.max_tokens} tokens"
     learnable = splits["train"].pos_weight.log().isfinite().all()
-    refuse(not learnable, f"{notes[-1]}; the others lack an output's true or false labels")
-    accelerator.print("\n".join(notes if left_out else notes[:-1]))
+    refuse(not learnable, f"{too_long}; the others lack an output's true or false labels")
+    accelerator.print("\n".join([*notes, too_long] if left_out else notes))
     arguments = {name: value for name, value in vars(args).items() if name not in NOT_KEPT}
     arguments["num_processes"] = accelerator.num_processes
     arguments["mixed_precision"] = accelerator.mixed_precision
