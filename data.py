@@ -177,7 +177,7 @@ def truth(value, name):
 
 
 def encode_row(tokenizer, row, where=None):
-    """encode() of a row -> (ids, start). Raises UserError, which names the place or shows the row."""
+    """encode() of a row. Raises UserError, which names the place or shows the row."""
     with at(where or f"the row {str(row)[:100]}"):
         refuse(isinstance(row, UserError), row)
         return encode(tokenizer, conversation(row))

@@ -101,6 +101,8 @@ def guard_arguments(parser):
     either("--threshold", type=float, help=flag)
     rate = "take the thresholds with at most this false positive rate on validation"
     either("--max-fpr", type=float, help=rate)
+    every = "judge a finished text after every N tokens and at its end; 0: only at its end"
+    add("--verdict-every", type=number(int, -1), metavar="N", help=every)
     add("--base-model", help="where the chat model is, if it is not where the config says")
     dtype = "compute in this; default: as stored, or what is faster for many tokens"
     add("--dtype", choices=DTYPES, help=dtype)

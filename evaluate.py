@@ -44,11 +44,13 @@ def main():
     )
     guard = guard_of(args)
     print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
-    encoded = [encode_row(guard.tokenizer, row) for row in tqdm(rows, desc="tokenising", leave=False)]
-    verdicts = judge(guard, encoded)
+    texts = [encode_row(guard.tokenizer, row) for row in tqdm(rows, desc="tokenising", leave=False)]
+    judged = judge(guard, texts)
+    verdicts = [guard.verdict(text, *found) for text, found in zip(texts, judged, strict=True)]
     result = measure(guard.config, rows, sources, verdicts)
     if args.running:
-        result["running"] = running(guard, rows, encoded, args.running)
+        guard.config.verdict_every = args.running
+        result["running"] = running(guard, rows, texts)
     result = to_json(result)
     print(result if args.json else table(json.loads(result)), flush=True)
     if args.scores:
@@ -66,10 +68,10 @@ def evaluation_rows(names):
     return rows, np.array(sources)
 
 
-def judge(guard, encoded, chunk=256):
-    """Verdicts on what encode_row made of rows, with a progress bar."""
-    starts = tqdm(range(0, len(encoded), chunk), desc=f"judging {len(encoded)} texts", leave=False)
-    return [verdict for start in starts for verdict in guard.verdicts(encoded[start : start + chunk])]
+def judge(guard, texts, chunk=256):
+    """guard.judge() of many texts, with a progress bar."""
+    starts = tqdm(range(0, len(texts), chunk), desc=f"judging {len(texts)} texts", leave=False)
+    return [found for start in starts for found in guard.judge(texts[start : start + chunk])]
 
 
 def measure(config, rows, sources, verdicts):
@@ -115,21 +117,17 @@ def bootstrap(columns, prompts, draws=1000):
     return {name: np.nanpercentile([each[name] for each in found], (2.5, 97.5)).tolist() for name in known}
 
 
-def running(guard, rows, encoded, every):
-    """What verdicts after each `every` tokens of the answers add to those at the end."""
-    answers = [(ids, start, row) for (ids, start), row in zip(encoded, rows, strict=True) if len(ids) > start]
-    ends = [[*range(start + every, len(ids), every), len(ids)] for ids, start, _ in answers]
-    beginnings = [
-        (ids[:end], start) for (ids, start, _), cuts in zip(answers, ends, strict=True) for end in cuts
-    ]
-    verdicts = iter(judge(guard, beginnings))
+def running(guard, rows, texts):
+    """What verdicts on the way add to those at the ends of answers."""
+    answers = [(text, row["is_safe"]) for text, row in zip(texts, rows, strict=True) if text.is_answer]
+    judged = judge(guard, [text for text, _ in answers])
     first_flags, passed = [], []  # of flagged answers: (token, tokens in all); of the other safe ones: cut?
-    for (_, _, row), cuts in zip(answers, ends, strict=True):
-        answer = [next(verdicts) for _ in cuts]
-        flags = [verdict.tokens for verdict in answer if verdict.flagged]
-        if answer[-1].flagged:
-            first_flags.append((flags[0], answer[-1].tokens))
-        elif row["is_safe"]:
+    for (text, is_safe), (cuts, logits) in zip(answers, judged, strict=True):
+        verdicts = [guard.verdict(text, *one) for one in zip(cuts.split(1), logits.split(1), strict=True)]
+        flags = [verdict.highest for verdict in verdicts if verdict.flagged]
+        if verdicts[-1].flagged:
+            first_flags.append((flags[0], verdicts[-1].tokens))
+        elif is_safe:
             passed.append(bool(flags))
     by_half = [token <= tokens / 2 for token, tokens in first_flags]
     return {

@@ -45,7 +45,6 @@ def parse_arguments():
     add("--output", type=Path, help="JSONL file for the same rows with their verdicts")
     add("--json", action="store_true", help="print one JSON object a line")
     add("--max-new-tokens", type=number(int, 0), default=128, help="longest answer")
-    add("--verdict-every", type=number(int, 0), default=16, metavar="N", help="tokens between verdicts")
     temperature = "sample the answer; without this or --top-p it is greedy"
     add("--temperature", type=number(float, 0.01, 100), help=temperature)
     add("--top-p", type=number(float, 0, 1), help="sample from the likeliest tokens of this probability")
@@ -198,15 +197,15 @@ def rows_of(source):
 
 def judged(guard, rows):
     """(where, row) pairs -> rows with a verdict, or with the reason why there is none."""
-    lines, encoded = [], []
+    lines, texts = [], []
     for where, row in rows:
         try:
-            encoded.append(encode_row(guard.tokenizer, row, where))
+            texts.append(encode_row(guard.tokenizer, row, where))
             lines.append(row)
         except UserError as error:
             row = row if isinstance(row, dict) else {}
             lines.append(row | UNJUDGED | {"error": one_line(error)})
-    verdicts = iter(guard.verdicts(encoded))
+    verdicts = iter(guard.verdicts(texts))
     return [line if "error" in line else line | next(verdicts).fields() for line in lines]
 
 
@@ -245,7 +244,8 @@ def main():
         accelerator.print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
     if args.input:
         return score_file(guard, args.input, args.output, accelerator)
-    options = {"max_new_tokens": args.max_new_tokens, "verdict_every": args.verdict_every}
+    every = 16 if args.verdict_every is None else args.verdict_every
+    options = {"max_new_tokens": args.max_new_tokens, "verdict_every": every}
     if args.temperature or args.top_p:
         options |= {"do_sample": True, "temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0}
     is_terminal = sys.stdin.isatty()

@@ -3,6 +3,7 @@
     loss = 1/2 BCE(z_0, u; w_0) + 1/(2K) sum_k BCE(z_k, y_k; w_k)      w = negatives / positives
     loss = 1/K sum_k BCE(z_k, y_k; w_k)                                with --no-unsafe-head
 
+z is a row's logit over all the places where a verdict judges it (`over_cuts`).
 `accelerate launch train.py ...` runs the same loop on several devices.
 """
 
@@ -21,13 +22,21 @@ from accelerate.utils import GradientAccumulationPlugin, LoggerType, set_seed, t
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import EMBEDDED, build_guard, fingerprint, load_chat_model, start_accelerator, use_fast_dtype
+from checkpoint import (
+    CHOSEN_LATER,
+    EMBEDDED,
+    build_guard,
+    fingerprint,
+    load_chat_model,
+    start_accelerator,
+    use_fast_dtype,
+)
 from data import BEAVERTAILS, SPLITS, encode_row, labels, load_splits
 from errors import DTYPES, number, refuse, run
-from model import GuardConfig
+from model import GuardConfig, cuts_of, pad_cuts
 from training_run import check_folder, measure, open_run, read_config, save_epoch, save_state, summary
 
-NOT_KEPT = ("output_dir", "resume", "save_steps", "categories", "threshold", "prompt_threshold", "date")
+NOT_KEPT = ("output_dir", "resume", "save_steps", "categories", *CHOSEN_LATER)
 
 
 def parse_arguments():
@@ -75,6 +84,11 @@ def guard_loss(logits, labels, pos_weight, unsafe_head):
     return (bce[:, 0].mean() + categories) / 2 if unsafe_head else categories
 
 
+def over_cuts(logits):
+    """A row's logits, (B, C, 1 + K) -> (B, 1 + K). The highest weighs most, as it counts in a verdict."""
+    return (logits.softmax(dim=1) * logits).sum(dim=1)
+
+
 def main():
     args = parse_arguments()
     output = args.output_dir or next(p for n in range(1, 10**6) if not (p := Path(f"runs/{n}")).exists())
@@ -91,7 +105,7 @@ def main():
     set_seed(args.seed)  # for A and the head
     saved = read_config(output) if args.resume else None
     guard, splits, config = load(args, accelerator, saved)
-    train, unsafe_head = splits["train"], guard.config.unsafe_head
+    train, unsafe_head, every = splits["train"], guard.config.unsafe_head, guard.config.verdict_every
     pos_weight = train.pos_weight.to(accelerator.device)
     # With a second beta of 0.999 the training of a larger model can collapse (docs/LOG.md).
     optimizer = torch.optim.AdamW(guard.adapter().values(), lr=args.learning_rate, betas=(0.9, 0.95))
@@ -100,15 +114,15 @@ def main():
 
     # ---------------------------------------------------------------- one loop over updates
     rows_per_update = args.per_device_batch_size * steps * accelerator.num_processes
-    per_epoch = math.ceil(len(train.ids) / rows_per_update)
+    per_epoch = math.ceil(len(train.texts) / rows_per_update)
     total = args.epochs * per_epoch
     bar = tqdm(total=total, initial=state["update"])
     for update in range(state["update"], total):
         # Order, cuts and dropout follow from the seed and the update's number, so a resumed run repeats them.
         epoch, number = divmod(update, per_epoch)
         generator = torch.Generator().manual_seed(seed_of(args.seed, epoch))
-        ends = train.lengths if guard.is_full else cut_answers(train.starts, train.lengths, generator)
-        rows = epoch_updates(ends, rows_per_update, generator)[number]
+        shifts = torch.randint(every or 1, (len(train.texts),), generator=generator).tolist()
+        rows = epoch_updates(train.lengths, rows_per_update, generator)[number]
         set_seed(seed_of(args.seed, update), device_specific=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, total, args.learning_rate)
@@ -116,7 +130,9 @@ def main():
         model.train()
         for batch in rows.view(steps, accelerator.num_processes, -1)[:, accelerator.process_index]:  # (B,)
             with accelerator.accumulate(model):
-                logits = model([train.ids[row][: ends[row]] for row in batch])  # (B, 1 + K)
+                texts = [train.texts[row] for row in batch]
+                cuts = [cuts_of(text, every, shifts[row]) for text, row in zip(texts, batch, strict=True)]
+                logits = over_cuts(model([text.ids for text in texts], pad_cuts(cuts)))  # (B, 1 + K)
                 loss = guard_loss(logits, train.labels[batch].to(logits.device), pos_weight, unsafe_head)
                 accelerator.backward(loss)  # divides by the accumulation steps
                 if accelerator.sync_gradients:
@@ -150,13 +166,12 @@ class Split:
 
     def __init__(self, rows, guard, is_trained):
         bar = tqdm(rows, desc="tokenising", leave=False)
-        encoded = [(*encode_row(guard.tokenizer, row), row) for row in bar]
-        kept = [part for part in encoded if len(part[0]) <= guard.max_tokens or not is_trained]
-        self.ids = [ids for ids, _, _ in kept]
-        self.starts = torch.tensor([start for _, start, _ in kept])  # where each answer starts
-        self.lengths = torch.tensor([len(ids) for ids in self.ids])
-        self.answered = (self.starts < self.lengths).numpy()
-        self.labels = labels([row for _, _, row in kept], guard.config.categories)  # (N, 1 + K)
+        encoded = [(encode_row(guard.tokenizer, row), row) for row in bar]
+        kept = [part for part in encoded if len(part[0].ids) <= guard.max_tokens or not is_trained]
+        self.texts = [text for text, _ in kept]
+        self.lengths = torch.tensor([len(text.ids) for text in self.texts])
+        self.answered = np.array([text.is_answer for text in self.texts])
+        self.labels = labels([row for _, row in kept], guard.config.categories)  # (N, 1 + K)
         positives, known = self.labels.nansum(0), (~self.labels.isnan()).sum(0)
         self.pos_weight = (known - positives) / positives  # (1 + K,)
 
@@ -182,7 +197,7 @@ def load(args, accelerator, saved):
     if args.gradient_checkpointing:
         checkpoint_gradients(guard)
     splits = {name: Split(rows[name], guard, is_trained=name == "train") for name in SPLITS}
-    left_out = len(rows["train"]) - len(splits["train"].ids)
+    left_out = len(rows["train"]) - len(splits["train"].texts)
     too_long = f"left out {left_out} training rows of more than {guard.max_tokens} tokens"
     learnable = splits["train"].pos_weight.log().isfinite().all()
     refuse(not learnable, f"{too_long}; the others lack an output's true or false labels")
@@ -198,8 +213,8 @@ def load(args, accelerator, saved):
 
 def digest(split, categories):
     """What tells the rows of two runs apart, wherever their files are."""
-    content = json.dumps([split.ids, split.labels.tolist(), categories])
-    return f"{len(split.ids)}, sha256 {hashlib.sha256(content.encode()).hexdigest()}"
+    content = json.dumps([split.texts, split.labels.tolist(), categories])
+    return f"{len(split.texts)}, sha256 {hashlib.sha256(content.encode()).hexdigest()}"
 
 
 def checkpoint_gradients(guard):
@@ -235,15 +250,6 @@ def epoch_updates(lengths, rows_per_update, generator):
     noise = 1 + 0.2 * torch.rand(len(order), generator=generator)  # so the same rows do not always meet
     updates = order[(lengths[order] * noise).argsort(stable=True)].view(count, rows_per_update)
     return updates[torch.randperm(count, generator=generator)]
-
-
-def cut_answers(starts, lengths, generator):
-    """Where an epoch cuts each row, (N,): of eleven answers one at its start and five at a random token.
-
-    A running verdict is about an unfinished answer, so the guard has to see such answers in training.
-    """
-    share = (2.2 * torch.rand(len(lengths), generator=generator) - 0.2).clamp(0, 1)
-    return starts + ((lengths - starts) * share).ceil().long()
 
 
 def learning_rate(update, updates, peak):

@@ -105,9 +105,9 @@ def measure(accelerator, guard, splits, batch_size):
     """Calibrate and choose thresholds on validation -> (shift, temperature), points, row of metrics.csv."""
     logits, targets, answered = {}, {}, {}
     for name, split in splits.items():
-        rows = np.arange(len(split.ids))
+        rows = np.arange(len(split.texts))
         rows = np.random.default_rng(0).permutation(rows)[:TRAIN_SAMPLE] if name == "train" else rows
-        logits[name] = score(accelerator, guard, [split.ids[row] for row in rows], batch_size).numpy()
+        logits[name] = score(accelerator, guard, [split.texts[row] for row in rows], batch_size).numpy()
         targets[name] = split.labels.numpy()[rows]
         answered[name] = split.answered[rows]
     calibration = calibrate(logits["validation"], targets["validation"], splits["train"].pos_weight.numpy())
@@ -130,12 +130,13 @@ def measure(accelerator, guard, splits, batch_size):
 
 
 def score(accelerator, guard, texts, batch_size):
-    """Logits (N, 1 + K) of N lists of ids, on the CPU. Each process computes a part; all get the whole."""
+    """The highest logits (N, 1 + K) of N texts, on the CPU. Each process computes a part; all get all."""
     logits = torch.zeros(len(texts), 1 + len(guard.config.categories))
     mine = range(accelerator.process_index, len(texts), accelerator.num_processes)
     for start in tqdm(range(0, len(mine), 8 * batch_size), desc="measuring", leave=False):
         rows = list(mine[start : start + 8 * batch_size])
-        logits[rows] = guard.score([texts[row] for row in rows], batch_size)
+        judged = guard.judge([texts[row] for row in rows], batch_size)
+        logits[rows] = torch.stack([z.amax(0) for _, z in judged])
     return accelerator.reduce(logits.to(accelerator.device), "sum").cpu()
 
 

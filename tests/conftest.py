@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from chat import encode
+from chat import Text, encode
 from data import read_rows
 from model import GuardConfig, GuardedChat
 
@@ -115,7 +115,12 @@ def make_guard(kind="llama", trained=True, **settings):
 
 
 def guard_for(chat_model, **settings):
-    settings = {"categories": ["theft", "hate"], "lora_r": 4, "guard_prompt": " harmful?"} | settings
+    settings = {
+        "categories": ["theft", "hate"],
+        "lora_r": 4,
+        "guard_prompt": " harmful?",
+        "verdict_every": 0,
+    } | settings
     return GuardedChat(chat_model, make_tokenizer(), GuardConfig(**settings))
 
 
@@ -164,6 +169,28 @@ def ids_of(tokenizer, prompt, response=None, history=()):
     """Token ids of a conversation."""
     answer = [] if response is None else [{"role": "assistant", "content": response}]
     return encode(tokenizer, [*history, *user(prompt), *answer])[0]
+
+
+def asked(ids):
+    """A prompt of these token ids."""
+    return Text(ids, 0, False)
+
+
+def score(guard, conversations, **options):
+    """Logits (B, 1 + K) of B lists of token ids at their ends."""
+    judged = guard.judge([Text(ids, 0, True) for ids in conversations], **options)
+    return torch.stack([logits.amax(0) for _, logits in judged])
+
+
+def forward(guard, conversations):
+    """The same by the guard's forward, with a gradient."""
+    return guard(conversations, torch.tensor([[len(ids)] for ids in conversations]))[:, 0]
+
+
+def verdict_on(guard, logits, tokens):
+    """The guard's verdict on an answer of so many tokens; 0: on a prompt. logits: (1 + K,)."""
+    text = Text([5] * max(tokens, 1), 0, tokens > 0)
+    return guard.verdict(text, torch.tensor([len(text.ids)]), torch.as_tensor(logits)[None])
 
 
 def plain(kind, ids, seed=0, **options):

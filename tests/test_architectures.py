@@ -15,7 +15,9 @@ from conftest import (
     PATHS,
     REFUSED,
     TOKENS,
+    asked,
     fill_b,
+    forward,
     guard_for,
     ids_of,
     make_guard,
@@ -23,6 +25,7 @@ from conftest import (
     make_tokenizer,
     plain,
     random_model,
+    score,
     until,
 )
 from torchao.quantization import Int8WeightOnlyConfig
@@ -53,7 +56,7 @@ def learn(guard, steps=12):
     target[0] = 1
     losses = []
     for _ in range(steps):
-        logits = guard.train()(conversations(guard.tokenizer))
+        logits = forward(guard.train(), conversations(guard.tokenizer))
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
         loss.backward()
         optimizer.step()
@@ -85,11 +88,21 @@ def test_architecture_is_guarded_from_training_to_answers(kind, path, tmp_path):
     learn(guard)
     rows = conversations(guard.tokenizer)
     loaded = load_guard(*save(guard, kind, tmp_path), device_id=-1)
-    assert torch.equal(loaded.score(rows), guard.score(rows))
-    [*_, (answer, verdict)] = loaded.stream(rows[0], max_new_tokens=20, verdict_every=8)
+    assert torch.equal(score(loaded, rows), score(guard, rows))
+    [*_, (answer, verdict)] = loaded.stream(asked(rows[0]), max_new_tokens=20, verdict_every=8)
     assert answer == until(plain(kind, rows[0]), 2)
-    alone = loaded.score([rows[0] + answer])[0].sigmoid().tolist()
+    alone = score(loaded, [rows[0] + answer])[0].sigmoid().tolist()
     assert [verdict.unsafe, *verdict.categories.values()] == pytest.approx(alone, abs=1e-4)
+
+
+def test_one_pass_asks_at_all_cuts_unless_slots_stand_for_positions():
+    """Kills: a family that is judged in turn for nothing, MPT's slots taken for positions, a slid window."""
+    guards = {kind: make_guard(kind) for kind in KINDS}
+    assert [kind for kind, guard in guards.items() if guard.window == 0] == ["mpt"]
+    at_once = {kind for kind, guard in guards.items() if guard.asks_at_once(31)}
+    assert KINDS.keys() - at_once == {"mpt", "mistral", "gemma2", "gemma3", "starcoder2", "gpt_neo"}
+    question = guards["mistral"].guard_prompt_ids.shape[1]
+    assert guards["mistral"].asks_at_once(8 - question) and not guards["mistral"].asks_at_once(9 - question)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -107,7 +120,7 @@ def test_8_bit_base_is_guarded_by_adapters_in_fp32(path, tmp_path):
     learn(guard)
     with pytest.raises(UserError, match="quantised"):
         use_fast_dtype(guard, "bfloat16")
-    [*_, (answer, _)] = guard.stream(conversations(tokenizer)[0], max_new_tokens=8)
+    [*_, (answer, _)] = guard.stream(asked(conversations(tokenizer)[0]), max_new_tokens=8)
     assert len(answer) == 8
 
 
@@ -123,8 +136,8 @@ def test_verdict_is_a_texts_own_where_rotary_frequencies_change(rope, path):
     guard = guard_for(random_model(config), guard_path=path)
     fill_b(guard)
     rows = [[5 + n % 300 for n in range(length)] for length in (40, 120, 200, 230)]
-    alone = torch.cat([guard.score([row]) for row in rows])
-    assert torch.allclose(guard.score(rows), alone, atol=1e-4)
+    alone = torch.cat([score(guard, [row]) for row in rows])
+    assert torch.allclose(score(guard, rows), alone, atol=1e-4)
 
 
 def test_rotary_frequencies_stay_fp32():
@@ -268,7 +281,7 @@ def outcome(kind, path):
     for found in together:
         apart = (found - alone[: len(found)]).abs().max().item()
         assert apart < 1e-4, f"its verdicts are {apart:.2g} apart"
-    assert [*guard.stream(text(31), max_new_tokens=12)][-1][0] == answer, "it answers in another way"
+    assert [*guard.stream(asked(text(31)), max_new_tokens=12)][-1][0] == answer, "it answers in another way"
     return "worked", ""
 
 

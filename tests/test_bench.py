@@ -6,10 +6,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import PATHS, make_guard, make_model, make_tokenizer
+from conftest import PATHS, forward, make_guard, make_model, make_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from chat import encode
+from chat import Text, encode
 from errors import UserError
 from tools import bench
 from tools.bench import BATCH, PRODUCTS, SCORED, VERDICT_EVERY, load
@@ -59,7 +59,8 @@ def test_the_limit_is_the_fastest_product_of_the_same_round(model_folder, monkey
     replace_turns(monkeypatch, found, calls=0)
     counted = Mock(side_effect=lambda guard, batches, training: 20 if training else 40)
     monkeypatch.setattr(bench, "operations", counted)
-    fields = bench.measure_rows(model_folder, make_guard(), [[5] * 10] * 64, torch.zeros(64, 3), 3)
+    texts = [Text([5] * 10, 0, True)] * 64
+    fields = bench.measure_rows(model_folder, make_guard(), texts, torch.zeros(64, 3), 3)
     assert [list(map(len, call.args[1])) for call in counted.call_args_list] == [[BATCH] * 4, [SCORED] * 2]
     wanted = {"limit_gflops": 20e-9, "train_rows_per_second": 64, "train_speedup": 2 * 64 / (BATCH // 4)}
     wanted |= {"train_fraction_of_limit": 2, "score_speedup": 3, "score_tokens_per_second": 320}
@@ -78,9 +79,9 @@ def test_a_verdict_is_timed_beside_a_decode_step_and_a_fresh_pass(monkeypatch):
     fields = bench.measure_verdict(*guards.values(), 20, 3)
     question = guards["activated"].guard_prompt_ids.shape[1]
     assert computed == [(20, False), *[(1, False)] * 2, *[(question, True)] * 2, *[(20, True)] * 2]
-    ids = (encode(guard.tokenizer, bench.MESSAGES)[0] * 20)[:20]
+    ids = (encode(guard.tokenizer, bench.MESSAGES).ids * 20)[:20]
     for path, guard in guards.items():
-        assert all(torch.allclose(logits, guard([ids]), atol=1e-5) for logits in returned[path])
+        assert all(torch.allclose(logits, forward(guard, [ids]), atol=1e-5) for logits in returned[path])
     assert fields.pop("milliseconds_20") == {"decode step": 2000, "activated": 6000, "full": 20000}
     assert fields == {"verdict_speedup_20": 5, "verdict_over_decode_step_20": 2}
 
@@ -110,15 +111,15 @@ def test_equal_answers_are_timed_with_and_without_verdicts(kind, monkeypatch):
 
 def test_operations_are_those_that_torch_counts():
     """Kills: a layer left out or counted twice, products without additions, a backward into the chat path."""
-    guard, batches, length = make_guard(), [[[5] * 40]], 40
+    guard, batches, length = make_guard(), [[Text([5] * 40, 0, True)]], 40
     question = guard.guard_prompt_ids.shape[1]
     attention = 2 * 64 * length**2, 4 * 64 * question * (length + question / 2)  # 2 layers, 4 heads of 8
     with torch.no_grad(), FlopCounterMode(display=False) as judged:  # it does not count attention on a CPU
-        guard(batches[0])
+        forward(guard, [[5] * 40])
     head, ours = 2 * 32 * 3, bench.operations(guard, batches, training=False)
     assert ours - sum(attention) == judged.get_total_flops() - head
     with FlopCounterMode(display=False) as learnt:
-        guard(batches[0]).sum().backward()
+        forward(guard, [[5] * 40]).sum().backward()
     ours = bench.operations(guard, batches, training=True) - attention[0] - 2 * attention[1]
     counted = learnt.get_total_flops() - 3 * head
     assert counted < ours < 1.03 * counted  # torch skips the gradient of the first layer's input
@@ -134,12 +135,14 @@ def test_the_peer_pads_every_row_to_the_longest_and_ours_does_not(model_folder, 
     for model in (guard.chat_model, peer):
         spy_on(model, note)
     monkeypatch.setattr(bench, "load_chat_model", lambda name: (peer, None))
-    monkeypatch.setattr(guard, "score", score := Mock())
-    texts, before = [[row] + [5] * row for row in range(64)], [p.clone() for p in guard.adapter().values()]
+    monkeypatch.setattr(guard, "judge", score := Mock())
+    texts = [Text([row] + [5] * row, 0, True) for row in range(64)]
+    before = [p.clone() for p in guard.adapter().values()]
     returned = replace_turns(monkeypatch)
     fields = bench.measure_rows(model_folder, guard, texts, torch.zeros(64, 15), 1)
     question = guard.guard_prompt_ids.shape[1]
-    ours = [(BATCH, length) for end in (16, 32, 48, 64) for length in (end, question)]
+    asked = {16: question, 32: question, 48: 2 * question, 64: 2 * question}  # at token 32 and at the end
+    ours = [(BATCH, length) for end in asked for length in (end, asked[end])]
     (learnt, lengths), *judged = seen[len(ours) :]  # the peer's one batch of training, and its two of scoring
     assert [shape for shape, _ in seen[: len(ours)]] == ours
     assert learnt == (BATCH // 4, 64) and sorted(lengths) == [1, 2, 3, 4]

@@ -5,7 +5,7 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import CHATML, KINDS, TOKENS, guard_for, ids_of, make_tokenizer, random_model, user
+from conftest import CHATML, KINDS, TOKENS, asked, guard_for, ids_of, make_tokenizer, random_model, user
 from tokenizers import Tokenizer, decoders, models
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
@@ -62,10 +62,10 @@ def test_a_given_answer_reads_as_a_written_one(template):
     tokenizer = tokenizer_of(template)
     answer = tokenizer(" bread is safe", add_special_tokens=False).input_ids
     row = {"prompt": "hi", "response": " bread is safe"}
-    ids, start = encode(tokenizer, [*user("hi"), {"role": "assistant", "content": row["response"]}])
+    ids, start, _ = encode(tokenizer, [*user("hi"), {"role": "assistant", "content": row["response"]}])
     assert ids == ids_of(tokenizer, "hi") + answer and start == len(ids) - len(answer)
     guard, options = guard_that_says(tokenizer, answer)
-    *_, (written, verdict) = guard.stream(ids[:start], **options)
+    *_, (written, verdict) = guard.stream(asked(ids[:start]), **options)
     assert written == answer and guard.classify([row])[0].unsafe == pytest.approx(verdict.unsafe, abs=1e-6)
 
 

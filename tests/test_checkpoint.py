@@ -17,7 +17,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import guard_for, ids_of, make_guard, make_model, make_rows, make_tokenizer, write
+from conftest import guard_for, ids_of, make_guard, make_model, make_rows, make_tokenizer, score, write
 from transformers.utils import logging
 
 import checkpoint
@@ -87,7 +87,7 @@ def test_a_guard_that_is_loaded_is_the_one_that_was_saved(guard_path, tmp_path, 
     config, adapter = save(guard, tmp_path, model_folder)
     loaded = load_guard(config)
     texts = [ids_of(guard.tokenizer, text, "safe") for text in TEXTS]
-    assert torch.equal(loaded.score(texts), guard.score(texts)) and loaded.config == guard.config
+    assert torch.equal(score(loaded, texts), score(guard, texts)) and loaded.config == guard.config
     edit(config, "dtype", "bfloat16")
     loaded = load_guard(config, adapter)
     header = adapter_header(json.loads(config.read_text())["base_fingerprint"], loaded.config)
@@ -266,6 +266,14 @@ def test_an_unknown_setting_is_refused(saved, value, no_chat_model):
     assert refusal(*saved).endswith("what differs: lora_rank")
     edit(saved[0], "lora_rank", value)
     assert "config.json" in (line := refusal(*saved)) and "lora_rank" in line
+
+
+def test_a_guard_keeps_the_places_of_its_verdicts(saved):
+    """Kills: cuts for an older guard, whose thresholds are those of the ends; an argument that is lost."""
+    assert load_guard(*saved).config.verdict_every == 0  # as make_guard's
+    assert load_guard(*saved, verdict_every=7).config.verdict_every == 7
+    edit(saved[0], "verdict_every")  # removes it
+    assert load_guard(*saved).config.verdict_every == 0
 
 
 def test_an_adapter_that_is_older_than_a_setting_had_its_default(saved, monkeypatch):

@@ -18,7 +18,7 @@ import data
 from chat import conversation, encode
 from data import check_row, encode_row, labels, load_splits, prompt_key, read_file, read_rows
 from errors import UserError
-from train import cut_answers, epoch_updates
+from train import epoch_updates
 
 NAMES = ["theft", "hate"]
 OK = b'{"prompt": "a", "is_safe": true}\n'
@@ -331,9 +331,8 @@ def test_messages_are_a_conversation_up_to_the_last_turn(tmp_path):
 @pytest.mark.parametrize("blank", ["", " \n"])
 def test_a_blank_answer_is_no_answer(tokenizer, blank):
     """Kills: an empty answer that gets an answer's verdict and threshold."""
-    ids = ids_of(tokenizer, "hi")
     for row in ({"prompt": "hi", "response": blank}, {"messages": [*user("hi"), said("assistant", blank)]}):
-        assert encode_row(tokenizer, row) == (ids, len(ids))
+        assert encode_row(tokenizer, row) == encode(tokenizer, user("hi"))
 
 
 # ---------------------------------------------------------------------------
@@ -346,10 +345,12 @@ TEXTS = ["how is the bread?", "  spaces \n\n", "ünï 🙂", "\n", "<|im end|>",
 def test_texts_are_read_as_the_chat_template_writes_them(tokenizer, messages):
     """Kills: a template of our own, a text or a history that is trimmed, changed, cut or read by itself."""
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert encode(tokenizer, messages) == (prompt, len(prompt))
+    ids, start, is_answer = encode(tokenizer, messages)
+    header = tokenizer("<|im_start|>user\n").input_ids
+    assert ids == prompt and not is_answer and ids[:start][-len(header) :] == header
     pair = [*messages, said("assistant", "x" + messages[-1]["content"])]
     whole = tokenizer.apply_chat_template(pair, continue_final_message=True, return_dict=False)
-    assert encode(tokenizer, pair) == (whole, len(prompt))
+    assert encode(tokenizer, pair) == (whole, len(prompt), True)
 
 
 TEXT = "message['content']"
@@ -414,21 +415,6 @@ def test_an_epoch_has_every_row_in_full_updates_of_similar_lengths(rows, per_upd
         lengths = LENGTHS[updates].double()  # (25, 4)
         assert (lengths.amax(1) / lengths.amin(1)).median() < 1.3
         assert abs(lengths[:12].mean() - lengths[12:].mean()) < 30  # in order they would be far apart
-
-
-def test_half_of_the_answers_are_cut_and_some_to_nothing():
-    """Kills: a prompt that is cut, cuts of all answers or of none, no answer at its start, fixed cuts."""
-    starts = torch.arange(10_000) % 7 + 1
-    lengths = starts + 50
-    lengths[::10] = starts[::10]  # prompts alone
-    ends, again, other = seeded(cut_answers, starts, lengths)
-    assert torch.equal(ends, again) and not torch.equal(ends, other)
-    assert (ends >= starts).all() and (ends <= lengths).all() and ends.dtype == torch.long
-    kept = (ends - starts)[lengths > starts]  # (9000,), of 50 tokens each
-    assert (kept == 0).double().mean() == pytest.approx(1 / 11, abs=0.01)
-    assert (kept == 50).double().mean() == pytest.approx(0.46, abs=0.03)
-    between = kept[(kept > 0) & (kept < 50)].double()
-    assert between.mean() == pytest.approx(25, abs=1) and between.unique().tolist() == list(range(1, 50))
 
 
 @pytest.mark.parametrize("name", ["Response", "response_0", "responses", " messages"])

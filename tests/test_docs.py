@@ -9,7 +9,6 @@ from conftest import make_guard, user
 
 import checkpoint
 from chat import moderate_turn
-from model import Verdict
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("[dg]*/**/*.md"))]
@@ -30,7 +29,8 @@ def test_the_tour_prints_what_it_says(capsys):
 def test_python_examples_show_no_flagged_text(name, monkeypatch, capsys):
     """Kills: a name that the code no longer has, and an example that prints a piece before its verdict."""
     guard = make_guard()
-    guard.verdict = lambda _, tokens: Verdict(tokens, 0.5, {}, flagged=tokens > 16)
+    verdict = guard.verdict
+    guard.verdict = lambda *given: (found := verdict(*given))._replace(flagged=found.tokens > 16)
     monkeypatch.setattr(checkpoint, "load_guard", lambda: guard)
     *_, (shown, _), (flagged, _) = moderate_turn(guard, user("How do I keep bread fresh?"))
     assert shown and flagged.startswith(shown) and flagged != shown

@@ -7,14 +7,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ids_of, make_guard, make_rows, user, write
+from conftest import ids_of, make_guard, make_rows, score, user, write
 
 import evaluate
+from chat import Text
 from data import encode_row
 from errors import UserError
 from evaluate import bootstrap, evaluation_rows, running
 from metrics import average_precision, evaluation
-from model import Verdict
 
 FIELDS = {"rows", "positives", "auprc", "auroc", "f1", "precision", "recall", "accuracy", "fpr", "threshold"}
 FIELDS |= {"prompt_threshold", "calibration_error", "categories", "unknown_categories"}
@@ -57,7 +57,7 @@ def test_the_command_gives_the_fields_of_the_contract(result, tmp_path):
     """Kills: logits for probabilities, an unread response, swapped labels, a lost field, row or column."""
     found = result(ROWS, "--json", "--scores", tmp_path / "scores.jsonl")
     texts = [ids_of(result.guard.tokenizer, row["prompt"], row.get("response")) for row in ROWS]
-    scores = result.guard.score(texts).double().sigmoid().numpy()
+    scores = score(result.guard, texts).double().sigmoid().numpy()
     unsafe, flagged = np.array([1, 1, 0, 0]), np.array([True, True, True, False])  # the last has no response
     wanted = evaluation(unsafe, scores[:, 0], flagged)
     wanted = {name: None if value != value else value for name, value in wanted.items()}
@@ -69,8 +69,8 @@ def test_the_command_gives_the_fields_of_the_contract(result, tmp_path):
     assert low <= found["accuracy"] <= high and found == pytest.approx(wanted)
     for n, kept in enumerate(lines_of(tmp_path / "scores.jsonl")):
         assert list(kept["categories"]) == ["theft", "hate"]
-        score = [kept.pop("unsafe_probability"), *kept.pop("categories").values()]
-        assert score == pytest.approx(scores[n].tolist())
+        probabilities = [kept.pop("unsafe_probability"), *kept.pop("categories").values()]
+        assert probabilities == pytest.approx(scores[n].tolist())
         given = {"category": {}} | ROWS[n] | {"is_safe": not unsafe[n], "flagged": flagged[n]}
         assert kept == given
 
@@ -96,7 +96,11 @@ def test_a_rate_of_1_percent_needs_100_safe_rows(result):
 def test_a_nan_score_counts_as_flagged(result, tmp_path):
     """Kills: a broken guard that is measured as if it let everything pass, NaN in the scored rows."""
     result.guard.config.threshold = 2.0
-    result.guard.score = lambda texts: torch.tensor([[torch.nan] * 3] + [[0.0] * 3] * (len(texts) - 1))
+    broken = ids_of(result.guard.tokenizer, ROWS[0]["prompt"], ROWS[0]["response"])
+    result.guard.judge = lambda texts: [
+        (torch.tensor([len(ids)]), torch.full((1, 3), torch.nan if ids == broken else 0.0))
+        for ids, *_ in texts
+    ]
     found = result(ROWS, "--json", "--running=99", "--scores", tmp_path / "scores.jsonl")
     assert (found["recall"], found["fpr"], found["auroc"], found["running"]["flagged"]) == (0.5, 0, 0.75, 1)
     first, *others = lines_of(tmp_path / "scores.jsonl")
@@ -196,28 +200,33 @@ ANSWERS = [  # (is it safe, {token: is it flagged there?}), with a verdict after
 
 def test_running_figures_by_hand(monkeypatch):
     """Kills: shares of the wrong rows, the last flag for the first, > for >= at half, prompt tokens."""
-    start, asked = 3, []
+    start, guard = 3, make_guard(threshold=0.5, prompt_threshold=0.0)
 
-    def judge(guard, encoded):
-        asked.extend((ids[0], len(ids) - start) for ids, start in encoded)
-        return [Verdict(n, 0.5, {}, ANSWERS[answer][1][n]) for answer, n in asked]
+    def judge(guard, texts):
+        flags = [list(ANSWERS[text.ids[0]][1].items()) for text in texts]
+        cuts = [torch.tensor([start + token for token, _ in part]) for part in flags]
+        logits = [torch.tensor([[1.0 if flag else -1.0] * 3 for _, flag in part]) for part in flags]
+        return list(zip(cuts, logits, strict=True))
 
     monkeypatch.setattr(evaluate, "judge", judge)
-    encoded = [([n] * (start + max(flags, default=0)), start) for n, (_, flags) in enumerate(ANSWERS)]
+    texts = [
+        Text([n] * (start + max(flags, default=0)), start, bool(flags))
+        for n, (_, flags) in enumerate(ANSWERS)
+    ]
     rows = [{"is_safe": is_safe} for is_safe, _ in ANSWERS]
-    found = running(None, rows, encoded, 4)
-    assert asked == [(n, token) for n, (_, flags) in enumerate(ANSWERS) for token in flags]
+    found = running(guard, rows, texts)
     assert (found.pop("flagged"), found.pop("safe_and_not_flagged")) == (2, 3)
     assert found.pop("median_token_of_first_flag") == 6.0
     assert found == {"flagged_by_half": 0.5, "of_these_cut_on_the_way": 1 / 3}
-    asked.clear()
-    assert running(None, rows[3:4], encoded[3:4], 4)["flagged_by_half"] is None
+    assert running(guard, rows[3:4], texts[3:4])["flagged_by_half"] is None
 
 
 def test_running_verdicts_are_on_rows_with_an_answer(result):
     """Kills: rows without an answer among them, a step that is not read."""
     rows = [{"prompt": "hi", "response": text, "is_safe": text == "or"} for text in ("the answer", "or", "")]
-    lengths = [len(ids) - start for ids, start in (encode_row(result.guard.tokenizer, row) for row in rows)]
+    lengths = [
+        len(ids) - start for ids, start, _ in (encode_row(result.guard.tokenizer, row) for row in rows)
+    ]
     for step, median in ((1, 1), (16, np.median(lengths[:2]))):
         found = result(rows, "--json", f"--running={step}")["running"]
         assert (found["flagged"], found["median_token_of_first_flag"]) == (2, median)

@@ -5,7 +5,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from conftest import PATHS, make_guard, make_model
+from conftest import PATHS, make_guard, make_model, score
 
 from errors import UserError
 from tools.export_peft import export
@@ -26,7 +26,7 @@ def test_peft_opens_an_exported_guard(path, tmp_path):
     files = ("adapter_model.safetensors", "guard_head.safetensors")
     lora, head = (safetensors.torch.load_file(tmp_path / "new/folder" / file) for file in files)
     assert all("lora_" in name for name in lora)  # PEFT ignores other names in silence
-    assert torch.allclose(hidden @ head["weight"].T + head["bias"], guard.score([IDS]), atol=1e-5)
+    assert torch.allclose(hidden @ head["weight"].T + head["bias"], score(guard, [IDS]), atol=1e-5)
     settings = json.loads((tmp_path / "new/folder/guard.json").read_text())
     assert settings["categories"] == ["theft", "hate"]
 

@@ -4,12 +4,13 @@ import copy
 import math
 from itertools import pairwise
 
+import conftest
 import pytest
 import torch
-from conftest import CONTEXT, PATHS, guard_for, ids_of, make_guard, make_model
+from conftest import CONTEXT, PATHS, forward, guard_for, ids_of, make_guard, make_model, score, verdict_on
 from transformers import DynamicCache
 
-import model
+from chat import Text
 from errors import UserError
 from lora import LoRALinear
 from model import GuardConfig, GuardedChat
@@ -36,7 +37,7 @@ def test_chat_path_is_untouched(kind, path):
         assert torch.equal(guard.chat_model(ids).logits, wanted)
         last = {"input_ids": ids.expand(2, -1), "logits_to_keep": 1}
         assert torch.equal(guard.chat_model(**last).logits, plain(**last).logits)
-        guard.score(conversations(guard))
+        score(guard, conversations(guard))
         assert torch.equal(guard.chat_model(ids).logits, wanted)
         with guard.gate.opened():
             assert not torch.equal(guard.chat_model(ids).logits, wanted)
@@ -53,7 +54,7 @@ def test_verdict_between_two_tokens_leaves_the_chat_as_it_was(kind):
         plain(ids, past_key_values=theirs)
         for token in (7, 8, 9):
             before = copy.deepcopy(ours)
-            guard.ask(ours)
+            guard.ask(ours, torch.tensor([[ours.get_seq_length()]]))
             assert ours.get_seq_length() == before.get_seq_length()
             for old, new in zip(before.layers, ours.layers, strict=True):
                 assert torch.equal(old.keys, new.keys) and torch.equal(old.values, new.values)
@@ -73,7 +74,7 @@ def test_verdict_equals_one_without_a_cache(kind, path, monkeypatch):
     question = guard.guard_prompt_ids[0].tolist()
     assert (path == "full") == (question == [])
     mask = torch.tensor([float(path == "full")] * len(ids) + [1.0] * len(question))[None, :, None]
-    scores = guard.score([ids, ids[:7]])[:1]
+    scores = score(guard, [ids, ids[:7]])[:1]
 
     def masked(layer, x):
         return layer.base(x) + mask * layer.scaling * (x @ layer.lora_A.T @ layer.lora_B.T)
@@ -98,43 +99,81 @@ def test_activated_path_equals_activated_lora_of_peft():
     ids = conversations(guard)[0]
     with torch.no_grad():
         output = theirs(torch.tensor([ids + question]), output_hidden_states=True)
-        assert torch.allclose(guard.head(output.hidden_states[-1][:, -1]), guard.score([ids]), atol=1e-5)
+        assert torch.allclose(guard.head(output.hidden_states[-1][:, -1]), score(guard, [ids]), atol=1e-5)
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_score_depends_on_no_padding_neighbour_or_order(kind, path):
-    """Kills: pooling at the last column, padding on the other side or without a mask, sorted results."""
+    """Kills: pooling at the last column, padding on the other side, sorted results."""
     guard = make_guard(kind, guard_path=path)
     # The pad id is the end-of-text id, and the last text holds it.
     rows = [*conversations(guard), [5, guard.tokenizer.pad_token_id, 6, 7, guard.tokenizer.pad_token_id]]
-    alone = torch.cat([guard.score([row]) for row in rows])
-    assert torch.allclose(guard.score(rows), alone, atol=1e-5)
-    assert torch.allclose(guard.score(rows[::-1], batch_size=2), alone.flip(0), atol=1e-5)
+    alone = torch.cat([score(guard, [row]) for row in rows])
+    assert torch.allclose(score(guard, rows), alone, atol=1e-5)
+    assert torch.allclose(score(guard, rows[::-1], batch_size=2), alone.flip(0), atol=1e-5)
     assert (alone[0] - alone[-1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("size", [100, 10**6])
 @pytest.mark.parametrize("path", PATHS)
-def test_long_text_is_seen_whole_and_its_worst_window_counts(path, size, monkeypatch):
-    """Kills: cutting, windows that are too long or lack an overlap, windows of a text that fits, a mean."""
-    guard, seen = make_guard(guard_path=path), []
-    monkeypatch.setattr(model, "WINDOW", size)
+@pytest.mark.parametrize("kind", conftest.KINDS)
+def test_verdicts_at_several_cuts_of_one_reading_are_those_of_the_beginnings(kind, path):
+    """Kills: a prompt that sees past its cut or another prompt, positions of the end, a slid window."""
+    guard = make_guard(kind, guard_path=path)
+    rows = [
+        torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (31, 7, 120)
+    ]
+    cuts = torch.tensor([[31, 5, 17], [1, 7, 7], [60, 120, 3]])
+    with torch.no_grad():
+        found = guard(rows, cuts)  # (B, C, 1 + K)
+    for ids, ends, logits in zip(rows, cuts.tolist(), found, strict=True):
+        alone = torch.cat([score(guard, [ids[:end]]) for end in ends])
+        assert torch.allclose(logits, alone, atol=1e-4)
+    assert (found[0, 0] - found[0, 1]).abs().max() > 1e-3
 
-    def highest_id(guard, conversations):
+
+def test_a_text_is_judged_on_the_way_and_the_highest_verdict_counts():
+    """Kills: the end alone, cuts before the judged part, a mean, the first cut, `verdict_every` ignored."""
+    guard, ids = make_guard(verdict_every=8), list(range(5, 45))
+    for is_answer in (True, False):
+        text = Text(ids, 10, is_answer)
+        ends = [18, 26, 34, 40]
+        guard.config.verdict_every = 0
+        wanted = score(guard, [ids[:end] for end in ends])  # (4, 1 + K)
+        guard.config.verdict_every = 8
+        [(cuts, logits)] = guard.judge([text])
+        assert cuts.tolist() == ends and torch.allclose(logits, wanted, atol=1e-5)
+        verdict = guard.verdicts([text])[0]
+        best = wanted[:, 0].argmax().item()
+        assert verdict.highest == ends[best] - 10 and verdict.tokens == (30 if is_answer else 0)
+        assert [verdict.unsafe, *verdict.categories.values()] == pytest.approx(
+            wanted.amax(0).sigmoid().tolist(), abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("every", [0, 7])
+@pytest.mark.parametrize("path", PATHS)
+def test_long_text_is_seen_whole_and_its_worst_window_counts(path, every, monkeypatch):
+    """Kills: cutting, windows without an overlap, windows of a text that fits, a mean, places in a window."""
+    guard, seen = make_guard(guard_path=path, verdict_every=every), []
+
+    def highest_id(guard, conversations, cuts):
         seen.extend(conversations)
-        return torch.tensor([[max(ids) * 1.0] * 3 for ids in conversations])
+        pairs = zip(conversations, cuts.tolist(), strict=True)
+        return torch.tensor([[[max(ids[:cut]) * 1.0] * 3 for cut in row] for ids, row in pairs])
 
     monkeypatch.setattr(GuardedChat, "forward", highest_id)
     text = list(range(3, 903))
-    assert guard.score([text, [5, 4]])[:, 0].tolist() == [902, 5]
-    assert guard.score([text[::-1]])[:, 0].tolist() == [902]
+    assert score(guard, [text, [5, 4]])[:, 0].tolist() == [902, 5]
+    assert score(guard, [text[::-1]])[:, 0].tolist() == [902]
     windows = [window for window in seen if len(window) > 2 and window[0] < window[1]]
-    assert max(map(len, windows)) == min(size, guard.max_tokens) <= CONTEXT
+    assert max(map(len, windows)) == guard.max_tokens <= CONTEXT
     pairs = {pair for window in windows for pair in pairwise(window)}
     assert pairs == set(pairwise(text))
+    [(cuts, logits)] = guard.judge([Text(text, 400, True)])
+    assert cuts.max() == 900 and logits[cuts == 900, 0].tolist() == [902]
     seen.clear()
-    guard.score([text[: guard.max_tokens]])
+    score(guard, [text[: guard.max_tokens]])
     assert seen == [text[: guard.max_tokens]]
 
 
@@ -145,14 +184,14 @@ def test_logits_are_fp32_under_autocast():
     """Kills: a head in bf16, which rounds different scores to the same."""
     guard = make_guard()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = guard(conversations(guard))
+        logits = forward(guard, conversations(guard))
     assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_without_an_unsafe_output_the_largest_category_stands_for_it():
     """Kills: another stand-in for unsafe, an output too many, a bias that was declined."""
     guard = make_guard(unsafe_head=False, clf_head_bias=False)
-    scores = guard.score(conversations(guard))
+    scores = score(guard, conversations(guard))
     assert scores.shape == (4, 3) and torch.equal(scores[:, 0], scores[:, 1:].amax(1))
     shapes = {name: p.shape for name, p in guard.adapter().items() if "head" in name}
     assert shapes == {"guard_head.weight": (2, 32)}
@@ -161,7 +200,7 @@ def test_without_an_unsafe_output_the_largest_category_stands_for_it():
 
 def test_probability_is_the_sigmoid_of_the_logit():
     """Kills: probabilities in single precision, where high ones tie at 1; categories in another order."""
-    verdict = make_guard().verdict(torch.tensor([20.0, -1.0, 3.0]), tokens=5)
+    verdict = verdict_on(make_guard(), [20.0, -1.0, 3.0], tokens=5)
     unsafe, *others = (1 / (1 + math.exp(-z)) for z in (20.0, -1.0, 3.0))
     assert verdict.unsafe == pytest.approx(unsafe, abs=1e-12) and verdict.unsafe < 1
     assert verdict.categories == pytest.approx(dict(zip(["theft", "hate"], others, strict=True)), abs=1e-12)
@@ -174,7 +213,7 @@ def test_prompts_and_answers_are_flagged_from_their_own_threshold():
     guard = make_guard(threshold=0.5, prompt_threshold=0.75)
 
     def flagged(logit, tokens):
-        return guard.verdict(torch.tensor([logit, 9.0, 9.0]), tokens).flagged
+        return verdict_on(guard, [logit, 9.0, 9.0], tokens).flagged
 
     logit = math.log(3)  # probability 0.75, within rounding
     assert flagged(0.0, tokens=1) and not flagged(-1e-6, tokens=1)
@@ -189,7 +228,7 @@ def test_classify_gives_a_verdict_for_each_row_in_order():
     rows = [{"prompt": TEXTS[2], "response": "safe"}, {"prompt": TEXTS[0], "response": " "}]
     rows += [{"messages": [message, {"role": "assistant", "content": "safe"}]}, {"messages": [message]}]
     texts = [(TEXTS[2], "safe"), (TEXTS[0],), (TEXTS[2], "safe"), (TEXTS[2],)]
-    wanted = guard.score([ids_of(guard.tokenizer, *text) for text in texts])[:, 0].sigmoid().tolist()
+    wanted = score(guard, [ids_of(guard.tokenizer, *text) for text in texts])[:, 0].sigmoid().tolist()
     found = guard.classify(rows)
     assert [verdict.unsafe for verdict in found] == pytest.approx(wanted, abs=1e-6)
     assert [verdict.flagged for verdict in found] == [True, False, True, False]
@@ -209,7 +248,7 @@ def test_training_changes_adapters_and_head_and_nothing_else(path):
     before = {name: parameter.detach().clone() for name, parameter in guard.named_parameters()}
     optimizer = torch.optim.SGD(guard.parameters(), lr=0.1)
     for _ in range(2):  # B is zero at first, so A moves in the second step only
-        guard.train()(conversations(guard)).pow(2).sum().backward()
+        forward(guard.train(), conversations(guard)).pow(2).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     after = dict(guard.named_parameters())
@@ -222,9 +261,9 @@ def test_only_the_dropout_of_lora_acts_and_in_training_only(path):
     """Kills: GPT-2's own dropout, a training mode that does not reach LoRA, a score that stays in it."""
     plain, guard = (make_guard("gpt2", guard_path=path, lora_dropout=p).train() for p in (0.0, 0.5))
     texts = conversations(guard)
-    assert torch.equal(plain(texts), plain(texts))
-    assert not torch.equal(guard(texts), guard(texts))
-    assert torch.equal(guard.score(texts), guard.score(texts))
+    assert torch.equal(forward(plain, texts), forward(plain, texts))
+    assert not torch.equal(forward(guard, texts), forward(guard, texts))
+    assert torch.equal(score(guard, texts), score(guard, texts))
 
 
 # ---------------------------------------------------------------- Settings

@@ -19,7 +19,18 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import CHATML, ids_of, make_guard, make_model, make_tokenizer, plain, user, write
+from conftest import (
+    CHATML,
+    ids_of,
+    make_guard,
+    make_model,
+    make_tokenizer,
+    plain,
+    score,
+    user,
+    verdict_on,
+    write,
+)
 
 import checkpoint
 import moderate
@@ -87,7 +98,7 @@ def pair_of(guard, prompt, response):
 
 
 def probabilities(guard, *texts):
-    return torch.sigmoid(guard.score([ids_of(guard.tokenizer, *texts)])[0].double()).tolist()
+    return torch.sigmoid(score(guard, [ids_of(guard.tokenizer, *texts)])[0].double()).tolist()
 
 
 def say(guard, text):
@@ -107,10 +118,10 @@ def answers(guard, *texts):
     """Let the guard give these answers in turn; prompts are harmful by 0.1, answers by 0.2."""
     queue = itertools.cycle(texts)
 
-    def stream(ids, past=None, **options):
+    def stream(prompt, past=None, **options):
         answer = guard.tokenizer(next(queue)).input_ids
         for tokens, unsafe in ((0, 0.1), (len(answer), 0.2)):
-            yield answer[:tokens], guard.verdict(torch.tensor([unsafe] * 3).logit(), tokens)
+            yield answer[:tokens], verdict_on(guard, torch.tensor([unsafe] * 3).logit(), tokens)
 
     guard.stream = stream
     return guard
@@ -120,12 +131,15 @@ def follow(guard, is_bad=lambda text, tokens: False):
     """All conversations that the guard answers. is_bad(text, tokens of the answer): what it flags."""
     verdict, stream, asked = guard.verdict, guard.stream, []
 
-    def spy(ids, *arguments, **options):
-        asked.append(guard.tokenizer.decode(ids))
-        return stream(ids, *arguments, **options)
+    def spy(prompt, *arguments, **options):
+        asked.append(guard.tokenizer.decode(prompt.ids))
+        return stream(prompt, *arguments, **options)
 
-    guard.stream = spy
-    guard.verdict = lambda z, tokens: verdict(z, tokens)._replace(flagged=is_bad(asked[-1], tokens))
+    def judge(*given):
+        found = verdict(*given)
+        return found._replace(flagged=is_bad(asked[-1], found.tokens))
+
+    guard.stream, guard.verdict = spy, judge
     return asked
 
 
@@ -176,7 +190,7 @@ def test_an_answer_is_generated_and_judged_as_it_grows(files, command):
     text = guard.tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd")
     assert list(found) == FIELDS and found["response"] == text != ""
     assert found["stopped"] is None and not found["flagged"]
-    wanted = torch.sigmoid(guard.score([ids + answer[:n] for n in (0, 5, 10, 12)])).tolist()
+    wanted = torch.sigmoid(score(guard, [ids + answer[:n] for n in (0, 5, 10, 12)])).tolist()
     unsafe = [found["prompt_unsafe_probability"], *(p for _, p in found["verdicts"])]
     assert unsafe == pytest.approx([row[0] for row in wanted], abs=1e-5)
     assert [n for n, _ in found["verdicts"]] == [5, 10, 12]
@@ -192,7 +206,9 @@ def test_what_stops_a_turn_is_yielded_last(prompt, answer, stopped):
     """Kills: an answer to a flagged prompt, a flagged answer that goes on, >, NaN that passes."""
     guard = both(0.5)
     verdict, logit = guard.verdict, (prompt, answer)
-    guard.verdict = lambda z, tokens: verdict(torch.full((3,), float(logit[tokens > 0])), tokens)
+    guard.verdict = lambda text, cuts, _: verdict(
+        text, cuts, torch.full((1, 3), float(logit[text.is_answer]))
+    )
     options = {"max_new_tokens": 6, "verdict_every": 4, **say(guard, LETTERS)}
     turn = list(moderate_turn(guard, user("hi"), **options))
     texts = {"prompt": [""], "response": ["", LETTERS[:4]], None: ["", LETTERS[:4], LETTERS[:6]]}[stopped]
@@ -207,7 +223,7 @@ def test_what_stops_a_turn_is_yielded_last(prompt, answer, stopped):
 def test_prompts_and_answers_have_their_own_thresholds(tmp_path):
     """Kills: one threshold in place of the other: in a file, in a pair, in a turn, with a blank response."""
     guard = make_guard()
-    guard.score = lambda texts: torch.zeros(len(texts), 3)
+    guard.judge = lambda texts: [(torch.tensor([len(text.ids)]), torch.zeros(1, 3)) for text in texts]
     rows = [{"prompt": "hi"}, {"prompt": "hi", "response": " "}, {"prompt": "hi", "response": "or"}]
     source = write(tmp_path / "in.jsonl", rows)
     for prompts, responses, wanted in ((0.6, 0.5, [False, False, True]), (0.5, 0.6, [True, True, False])):
@@ -221,7 +237,9 @@ def test_prompts_and_answers_have_their_own_thresholds(tmp_path):
 def test_sampling_is_off_until_asked_for(command):
     """Kills: an option that does not arrive, an option that switches sampling on by its default."""
     guard, given = make_guard(), []
-    guard.stream = lambda ids, past, **options: given.append(options) or [([], Verdict(0, 0.1, {}, False))]
+    guard.stream = lambda prompt, past, **options: (
+        given.append(options) or [([], Verdict(0, 0.1, {}, False, 1))]
+    )
     for options in ([], ["--temperature=0.5"], ["--top-p=0.9"]):
         command(guard, "--prompt=a", *options)
     always = {"max_new_tokens": 128, "verdict_every": 16}
@@ -265,12 +283,12 @@ def test_a_file_comes_back_in_order_with_its_verdicts(name, command, tmp_path):
     command(guard, "--input", source, "--output", tmp_path / "1.jsonl")
     for target in (tmp_path / "1.jsonl", tmp_path / "2.jsonl"):
         for row, wanted in zip(scored(guard, source, target, chunk_rows=2), given, strict=True):
-            ids, start = encode(guard.tokenizer, conversation(wanted))
-            unsafe, *kinds = guard.score([ids])[0].double().sigmoid().tolist()
+            text = encode(guard.tokenizer, conversation(wanted))
+            unsafe, *kinds = score(guard, [text.ids])[0].double().sigmoid().tolist()
             assert list(row) == [*wanted, "unsafe_probability", "flagged", "categories"]
             assert row.pop("unsafe_probability") == pytest.approx(unsafe, abs=1e-6)
             assert row.pop("categories") == pytest.approx({"theft": kinds[0], "hate": kinds[1]}, abs=1e-6)
-            assert row == wanted | {"flagged": len(ids) > start}
+            assert row == wanted | {"flagged": text.is_answer}
 
 
 def test_a_bad_row_gets_an_error_and_the_others_their_verdicts(tmp_path):
@@ -305,8 +323,8 @@ def test_a_killed_scoring_goes_on_where_it_was(tmp_path):
     guard, target, judged = both(0.4), tmp_path / "out.jsonl", []
     source = write(tmp_path / "in.jsonl", [*ROWS, {"prompt": 3}, "row", *ROWS])
     scored(guard, source, target, errors=2, chunk_rows=1)  # alone in a batch, so that scores are equal again
-    whole, score = target.read_bytes(), guard.score
-    guard.score = lambda texts: judged.extend(texts) or score(texts)
+    whole, judge = target.read_bytes(), guard.judge
+    guard.judge = lambda texts: judged.extend(texts) or judge(texts)
     ends = [match.end() for match in re.finditer(rb"\n", whole)]
     for cut in (0, 1, 15, ends[0] - 1, ends[0], ends[0] + 1, ends[2] + 9, ends[3], ends[4] - 2, len(whole)):
         target.write_bytes(whole[:cut])
@@ -488,10 +506,11 @@ def test_text_appears_only_after_its_verdict(path, flagged, talk, monkeypatch):
     guard, judged, passed, letters = make_guard(guard_path=path), [], [0], []
     verdict, every = guard.verdict, [0, 8] if path == "full" else [0, 3, 6, 8]
 
-    def judge(logits, tokens):
-        judged.append(tokens)
-        passed.extend([tokens] if len(judged) <= flagged else [])
-        return verdict(logits, tokens)._replace(flagged=len(judged) > flagged)
+    def judge(*given):
+        found = verdict(*given)
+        judged.append(found.tokens)
+        passed.extend([found.tokens] if len(judged) <= flagged else [])
+        return found._replace(flagged=len(judged) > flagged)
 
     def write(text):
         letters.extend(letter for letter in text if letter in LETTERS)
@@ -613,7 +632,7 @@ def test_the_guard_that_ships_knows_harm():
 
 
 BAD_FLAGS = ["--input=a", "--output=a", "--response=a", "--prompt=a --input=a --output=a", "--prompt="]
-BAD_FLAGS += ["--max-new-tokens=0", "--verdict-every=0", "--temperature=0", "--temperature=inf"]
+BAD_FLAGS += ["--max-new-tokens=0", "--verdict-every=-1", "--temperature=0", "--temperature=inf"]
 BAD_FLAGS += ["--temperature=nan", "--top-p=0", "--top-p=1.1", "--threshold=0.5 --max-fpr=0.1"]
 
 

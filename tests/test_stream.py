@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import CONTEXT, KINDS, make_guard, make_model, make_tokenizer, plain
+from conftest import CONTEXT, KINDS, asked, make_guard, make_model, make_tokenizer, plain, score
 from transformers import StopStringCriteria
 
-from chat import Past
+from chat import Past, Text
 
 WINDOWS = ["llama", "mistral"]  # a cache that can be cropped, and one whose window of 8 tokens has slid
 GUARDS = [*((kind, "activated") for kind in KINDS), *((kind, "full") for kind in WINDOWS)]
@@ -23,7 +23,7 @@ def prompt(length=31):
 def stream(guard, ids, past=None, seed=0, **options):
     """All pairs of a stream."""
     torch.manual_seed(seed)
-    return list(guard.stream(ids, past, **{"max_new_tokens": 20, "verdict_every": 4} | options))
+    return list(guard.stream(asked(ids), past, **{"max_new_tokens": 20, "verdict_every": 4} | options))
 
 
 def values(pairs):
@@ -106,7 +106,7 @@ def test_sampling_draws_no_more_than_plain_generate():
     "options, message",
     [
         ({"max_new_tokens": CONTEXT}, "room"),
-        ({"verdict_every": 0}, "at least 1"),
+        ({"verdict_every": -1}, "at least 0"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"num_beams": 2}, "beams"),
         ({"do_sample": True, "num_return_sequences": 2}, "beams"),
@@ -136,15 +136,27 @@ def test_verdict_is_the_score_of_the_conversation_so_far(kind, path):
         last = len(pairs[-1][0])
         steps = sorted({0, last} if path == "full" else {*range(0, last, 4), last})
         assert [verdict.tokens for _, verdict in pairs] == [len(answer) for answer, _ in pairs] == steps
-        wanted = guard.score([ids + answer for answer, _ in pairs]).double().sigmoid()
+        wanted = score(guard, [ids + answer for answer, _ in pairs]).double().sigmoid()
         assert torch.allclose(values(pairs), wanted, atol=1e-5)
         assert last <= at
+
+
+@pytest.mark.parametrize("kind, path", GUARDS)
+def test_a_prompt_is_judged_on_its_way_from_the_same_reading(kind, path):
+    """Kills: a prompt that is judged at its end alone, or read again where one pass can judge it."""
+    guard, text = make_guard(kind, guard_path=path, verdict_every=8), Text(prompt(), 3, False)
+    wanted = guard.verdicts([text])[0]
+    with passes(guard) as seen:
+        _, found = next(guard.stream(text, max_new_tokens=2))
+    assert (found.unsafe, found.highest) == (pytest.approx(wanted.unsafe, abs=1e-5), wanted.highest)
+    if path == "activated" and guard.asks_at_once(31):
+        assert [tokens for tokens, is_open in seen if is_open] == [4 * guard.guard_prompt_ids.shape[1]]
 
 
 def test_streams_can_be_read_in_turn():
     """Kills: state in the guard that the next stream overwrites."""
     guard, lengths = make_guard(), (31, 12)
-    streams = [guard.stream(prompt(length), max_new_tokens=20, verdict_every=4) for length in lengths]
+    streams = [guard.stream(asked(prompt(length)), max_new_tokens=20, verdict_every=4) for length in lengths]
     [*_, last] = zip(*streams, strict=True)
     assert [answer for answer, _ in last] == [plain("llama", prompt(length)) for length in lengths]
 
@@ -153,11 +165,13 @@ def test_cache_of_an_answer_goes_with_it(monkeypatch):
     """Kills: a reference cycle around the stream, which keeps every cache until Python looks for cycles."""
     guard, alive = make_guard(), []
     ask = guard.ask
-    monkeypatch.setattr(guard, "ask", lambda cache: alive.append(weakref.ref(cache)) or ask(cache))
+    monkeypatch.setattr(
+        guard, "ask", lambda cache, cuts: alive.append(weakref.ref(cache)) or ask(cache, cuts)
+    )
     gc.collect()
     gc.disable()
     try:
-        for _, verdict in guard.stream(prompt(), max_new_tokens=12, verdict_every=4):
+        for _, verdict in guard.stream(asked(prompt()), max_new_tokens=12, verdict_every=4):
             assert alive[0]() is not None
             if verdict.tokens:
                 break
@@ -177,7 +191,9 @@ def test_every_token_is_read_once_and_the_cache_holds_the_answer(kind, length):
     end = [*plain(kind, ids), 2][length]
     steps = []
     with passes(guard) as seen:
-        for answer, verdict in guard.stream(ids, past, max_new_tokens=20, verdict_every=4, eos_token_id=end):
+        for answer, verdict in guard.stream(
+            asked(ids), past, max_new_tokens=20, verdict_every=4, eos_token_id=end
+        ):
             assert past.ids == ids + answer and holds(past, kind)
             assert not guard.gate.is_open and torch.is_grad_enabled()
             steps.append(verdict.tokens)
@@ -219,7 +235,7 @@ def test_chat_that_keeps_its_cache_answers_and_judges_the_same(kind, path, chat)
 def test_only_what_is_behind_the_common_prefix_is_read(follows):
     """Kills: a turn that reads the whole conversation, an answer that is read twice, no token to read."""
     guard, past = make_guard(), Past()
-    for answer, _ in guard.stream(prompt(), past, max_new_tokens=12, verdict_every=4):
+    for answer, _ in guard.stream(asked(prompt()), past, max_new_tokens=12, verdict_every=4):
         if len(answer) == 8:
             break  # the Past also keeps an answer whose loop was left early
     ids = NEXT[follows](prompt(), answer)

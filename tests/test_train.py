@@ -119,47 +119,44 @@ def test_a_run_learns_and_leaves_the_files_of_the_contract(path, learn, model_fo
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_only_training_on_the_activated_path_cuts_answers(path, learn, tmp_path, monkeypatch):
-    """Kills: answers that are always whole, cuts in a prompt, on the full path or in a row that is scored."""
-    seen = {True: set(), False: set()}  # by whether the guard is in training
+def test_rows_are_learnt_from_whole_and_at_random_cuts(path, learn, tmp_path, monkeypatch):
+    """Kills: rows that are cut off, cuts before the judged part, the same in all epochs, or in scoring."""
+    seen = {True: {}, False: {}}  # by whether the guard is in training: {ids: cuts}
     forward = GuardedChat.forward
 
-    def spy(guard, conversations):
+    def spy(guard, conversations, cuts):
         if guard.training or seen[True]:  # before, the new guard is on trial
-            seen[guard.training].update(map(tuple, conversations))
-        return forward(guard, conversations)
+            for ids, row in zip(conversations, cuts.tolist(), strict=True):
+                seen[guard.training].setdefault(tuple(ids), set()).update(row)
+        return forward(guard, conversations, cuts)
 
     monkeypatch.setattr(training_run, "TRAIN_SAMPLE", 1000)
     monkeypatch.setattr(GuardedChat, "forward", spy)
     learn("run", learnable(), "--epochs=2", "--guard-path", path)
     tokenizer = make_tokenizer()
     splits = splits_of(learnable(), tmp_path)
-    assert seen[False] == {tuple(encode_row(tokenizer, row)[0]) for part in splits.values() for row in part}
-    learnt = [encode_row(tokenizer, row) for row in splits["train"]]
-    whole, prompts = {tuple(ids) for ids, _ in learnt}, {tuple(ids[:start]) for ids, start in learnt}
-    cut = {tuple(ids[:end]) for ids, start in learnt for end in range(start + 1, len(ids))} - whole
-    kinds = [whole] if path == "full" else [whole, prompts, cut]
-    assert seen[True] <= set().union(*kinds) and all(seen[True] & kind for kind in kinds)
+    texts = {name: [encode_row(tokenizer, row) for row in splits[name]] for name in splits}
+    assert seen[False] == {tuple(text.ids): {len(text.ids)} for part in texts.values() for text in part}
+    assert seen[True].keys() == {tuple(text.ids) for text in texts["train"]}
+    cuts = [(text, seen[True][tuple(text.ids)]) for text in texts["train"]]
+    assert all(text.start < min(ends) and max(ends) == len(text.ids) for text, ends in cuts)
+    assert sum(len(ends) > 1 for _, ends in cuts) > 10
+    assert any(len(ends) > 2 for _, ends in cuts)  # two epochs, each with a place of its own and the end
 
 
 def test_a_seed_gives_the_same_bytes_and_no_two_seeds_share_an_epoch(learn, monkeypatch):
     """Kills: seed plus epoch as an epoch's seed, an unseeded weight or dropout, a time in the files."""
-    made = {"cut_answers": set(), "epoch_updates": set()}
+    made, original = set(), train.epoch_updates
 
-    def spy(name, original):
-        def call(*given):
-            result = original(*given)
-            made[name].add(str(result.tolist()))
-            return result
+    def spy(*given):
+        made.add(str(original(*given).tolist()))
+        return original(*given)
 
-        return call
-
-    for name in made:
-        monkeypatch.setattr(train, name, spy(name, getattr(train, name)))
+    monkeypatch.setattr(train, "epoch_updates", spy)
     options = [*FAST, "--lora-dropout=0.1"]
     seeds = {"a": 0, "b": 1, "c": 2**31 - 1, "d": 2**31 - 1}
     a, b, c, d = (learn(name, learnable(), *options, f"--seed={seed}") for name, seed in seeds.items())
-    assert len(made["cut_answers"]) == len(made["epoch_updates"]) == 6  # of three seeds and two epochs
+    assert len(made) == 6  # of three seeds and two epochs
     assert equal_files(c, d, [*FILES, "checkpoints/epoch_2.safetensors"])
     assert not close(tensors(a), tensors(b), 0.01)
 

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 import safetensors.torch
 import torch
-from conftest import CONTEXT, ids_of, make_guard, make_model, make_rows, make_tokenizer, write
+from conftest import CONTEXT, ids_of, make_guard, make_model, make_rows, make_tokenizer, score, write
 
 import train
 from errors import UserError
@@ -19,19 +19,19 @@ IDS = [ids_of(make_tokenizer(), text, "safe") for text in TEXTS]
 
 
 def test_kept_caches_give_the_same_logits_and_each_text_is_read_once(tmp_path, monkeypatch):
-    """Kills: a cut on the wrong side, padding that is seen, a text or its cut read again, mixed-up files."""
-    guard, cuts = make_guard(), [ids[:end] for ids, end in zip(IDS, (3, 9, 30, 7), strict=True)]
-    wanted, wanted_of_cuts = guard(IDS), guard(cuts)
-    folder = keep_caches(guard, tmp_path, IDS)
+    """Kills: a cut at another place, padding that is seen, a text or its cut read again, mixed-up files."""
+    guard, cuts = make_guard(), torch.tensor([[3, 12], [9, 4], [30, 40], [7, 7]])
+    wanted = guard(IDS, cuts)
+    folder = keep_caches(guard, tmp_path)
     read = Mock(wraps=guard.chat_model.base_model.forward)
     monkeypatch.setattr(guard.chat_model.base_model, "forward", read)
-    assert torch.allclose(guard(cuts), wanted_of_cuts, atol=1e-5)
-    assert torch.allclose(guard.score(IDS[::-1]), wanted.flip(0), atol=1e-5)
+    assert torch.allclose(guard(IDS, cuts), wanted, atol=1e-5)
+    assert torch.allclose(guard(IDS[::-1], cuts.flip(0)), wanted.flip(0), atol=1e-5)
     assert read.call_count == len(IDS) + 2  # the guard prompt is read twice
     with torch.autocast("cpu", torch.bfloat16):
-        guard(IDS)
+        guard(IDS, cuts)
     guard.chat_model.double()
-    assert torch.allclose(guard(IDS), wanted, atol=1e-5)
+    assert torch.allclose(guard(IDS, cuts), wanted, atol=1e-5)
     assert len(list(folder.iterdir())) == 3 * len(IDS)  # each dtype has its own
     other = GuardedChat(make_model(seed=1), make_tokenizer(), GuardConfig())  # of other matrices alone
     guard.chat_model.config.rope_theta = 7.0
@@ -41,9 +41,9 @@ def test_kept_caches_give_the_same_logits_and_each_text_is_read_once(tmp_path, m
 def test_a_text_beyond_the_context_is_read_in_windows(tmp_path):
     """Kills: the cache of a window that is cut out of a text which the model cannot read whole."""
     guard, texts = make_guard(), [[5 + n % 300 for n in range(CONTEXT + 40)]]
-    wanted = guard.score(texts)
-    folder = keep_caches(guard, tmp_path, texts)
-    assert torch.allclose(guard.score(texts), wanted, atol=1e-5)
+    wanted = score(guard, texts)
+    folder = keep_caches(guard, tmp_path)
+    assert torch.allclose(score(guard, texts), wanted, atol=1e-5)
     assert all(safetensors.torch.load_file(path)["cache"].shape[3] < CONTEXT for path in folder.iterdir())
 
 
@@ -59,11 +59,11 @@ def test_a_damaged_cache_file_is_named(tmp_path):
     """Kills: a traceback, and a verdict on what is left of the file."""
     guard = make_guard()
     folder = keep_caches(guard, tmp_path)
-    guard(IDS[:1])
+    score(guard, IDS[:1])
     [path] = folder.iterdir()
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match=f"{path.name} is damaged, delete it"):
-        guard(IDS[:1])
+        score(guard, IDS[:1])
 
 
 def test_kept_caches_change_no_loss_and_a_second_run_reads_nothing(model_folder, tmp_path, monkeypatch):

@@ -5,7 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHATML, KINDS, PATHS, guard_for, make_guard, make_model, make_tokenizer, user
+from conftest import (
+    CHATML,
+    KINDS,
+    PATHS,
+    forward,
+    guard_for,
+    make_guard,
+    make_model,
+    make_tokenizer,
+    score,
+    user,
+)
 from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -21,10 +32,10 @@ ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 def test_a_chat_model_carries_one_guard():
     """Kills: a second guard inside the first one's layers, half an injection that spoils the first guard."""
     guard = make_guard()
-    before, names = guard.score(ROWS), list(guard.adapter())
+    before, names = score(guard, ROWS), list(guard.adapter())
     with pytest.raises(ValueError, match="already carries a guard"):
         guard_for(guard.chat_model)
-    assert torch.equal(guard.score(ROWS), before) and list(guard.adapter()) == names
+    assert torch.equal(score(guard, ROWS), before) and list(guard.adapter()) == names
     assert all(parameter.requires_grad for parameter in guard.adapter().values())
 
 
@@ -61,7 +72,7 @@ def test_every_lora_tensor_gets_a_gradient_within_two_steps(kind, path):
     guard = guard_for(chat_model, guard_path=path)
     optimizer, moved = torch.optim.SGD(guard.adapter().values(), lr=1.0), set()
     for _ in range(2):  # B is zero at first, so A gets its gradient in the second step
-        guard(ROWS).square().sum().backward()
+        forward(guard, ROWS).square().sum().backward()
         moved |= {name for name, p in guard.adapter().items() if p.grad is not None and p.grad.any()}
         optimizer.step()
         optimizer.zero_grad()
@@ -92,7 +103,7 @@ def test_gradients_are_equal_with_and_without_checkpointing(kind):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(partial(keep, kept), lambda x: x):
             torch.manual_seed(0)
-            loss = guard.train()(ROWS).square().sum()
+            loss = forward(guard.train(), ROWS).square().sum()
         loss.backward()
         found.append(({name: p.grad for name, p in guard.adapter().items()}, sum(kept)))
     (plain, much), (checkpointed, little) = found
@@ -111,7 +122,7 @@ def test_a_template_sees_the_date_of_the_config():
     tokenizer.chat_template = DATED
     for date, shown in (("2024-07-26", "26 Jul 2024"), ("2025-01-01", "01 Jan 2025")):
         guard = GuardedChat(make_model(), tokenizer, GuardConfig(date=date))
-        assert guard.tokenizer.decode(encode(guard.tokenizer, user("hi"))[0]).startswith(f"Today is {shown}")
+        assert guard.tokenizer.decode(encode(guard.tokenizer, user("hi")).ids).startswith(f"Today is {shown}")
         verdicts.append(guard.classify([{"prompt": "hi"}]))
     assert verdicts[0] != verdicts[1]
 

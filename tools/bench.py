@@ -18,22 +18,24 @@ from statistics import median
 import peft
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from chat import encode, fork
+from chat import Text, encode, fork
 from checkpoint import EMBEDDED, build_guard, load_chat_model, save_adapter, use_fast_dtype
 from data import encode_row, labels, read_rows
 from errors import UserError, run
 from lora import LoRALinear, linear_size
-from train import guard_loss
+from model import cuts_of, pad_cuts
+from train import guard_loss, over_cuts
 
 PROMPT = "Write a long story about a lighthouse keeper who teaches the village's children to read the stars."
 MESSAGES = [{"role": "user", "content": PROMPT}]
 LENGTHS = (128, 512, 2048, 8192)  # tokens of a conversation
 VERDICT_EVERY = (16, 8, 32)  # tokens from verdict to verdict, the default first
 BATCH = 16  # rows of a training batch, as in train.py
-SCORED = 32  # rows of a scoring batch, as in GuardedChat.score
+SCORED = 32  # rows of a scoring batch, as in GuardedChat.judge
 SECONDS = 60  # after which no more rounds of the same contestants start
 PRODUCTS = (1024, 2048, 3072)  # sizes of the square matrices
 GROWTH = {"rows": (4, 8, 16, 32), "length": (64, 128, 256, 512), "rank": (4, 16, 64)}
@@ -62,13 +64,13 @@ def main():
     rows = [row | {"category": {}} for _, _, part in read_rows(args.dataset) for row in part][:512]
     if len(rows) < SCORED:
         raise UserError(f"there must be at least {SCORED} rows to measure with")
-    texts = [encode_row(guard.tokenizer, row)[0] for row in rows]
+    texts = [encode_row(guard.tokenizer, row) for row in rows]
     result = {"processor": processor(), "threads": torch.get_num_threads()}
     result["dtype"] = str(guard.chat_model.dtype)[6:]  # without "torch."
     result["versions"] = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
-    result |= {"rows": len(rows), "longest_row": max(map(len, texts))}
+    result |= {"rows": len(rows), "longest_row": max(len(text.ids) for text in texts)}
     result |= shown(measure_rows(args.model, guard, texts, labels(rows, guard.config.categories), rounds))
-    last = [texts[row] for row in sample(texts, BATCH)[-1]]
+    last = [texts[row].ids for row in sample(texts, BATCH)[-1]]
     result |= shown(measure_peft(args.model, guard, full, last, rounds))
     guard = load(args.model, "chat")
     result |= {"chat_dtype": str(guard.chat_model.dtype)[6:], "full_dtype": str(full.chat_model.dtype)[6:]}
@@ -116,7 +118,7 @@ def processor():
 
 def sample(texts, size):
     """Row numbers of about four batches: rows sorted by length, a batch from the middle of each quarter."""
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row].ids))
     batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
     return batches[len(batches) // 8 :: max(1, len(batches) // 4)]
 
@@ -150,7 +152,7 @@ def ratio(found, one, other):
 
 
 def operations(guard, batches, training):
-    """Operations of verdicts or training steps on the activated path, for batches of conversations.
+    """Operations of verdicts or training steps on the activated path, for batches of texts.
 
     Only matrix products count. Padding, the language-model head and unused gradients do not.
     """
@@ -160,20 +162,34 @@ def operations(guard, batches, training):
     attention = config.num_attention_heads * width * config.num_hidden_layers
     frozen = sum(inside * outside for inside, outside in (linear_size(layer.base) for layer in layers))
     question = guard.guard_prompt_ids.shape[1]
-    lengths = [len(ids) for batch in batches for ids in batch]
+    texts = [text for batch in batches for text in batch]
+    lengths = [len(text.ids) for text in texts]
+    cuts = [cut for text in texts for cut in cuts_of(text, guard.config.verdict_every)]
     read = sum(2 * frozen * length + 2 * attention * length**2 for length in lengths)  # causal: half
-    judged = sum(2 * frozen + 4 * attention * (length + question / 2) for length in lengths) * question
-    lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers) * 2 * question * len(lengths)
+    judged = sum(2 * frozen + 4 * attention * (cut + question / 2) for cut in cuts) * question
+    lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers) * 2 * question * len(cuts)
     # Backward needs one more product where W is frozen (dy W), and two in LoRA (its factors learn).
     return read + judged * (2 if training else 1) + lora * (3 if training else 1)
 
 
-def learn(judge, optimizer, texts, targets, *options):
-    """One step of training. judge(texts, *options) -> logits (B, 1 + K)."""
-    guard_loss(judge(texts, *options), targets, torch.ones(targets.shape[1]), True).backward()
+def logits_of(guard, texts):
+    """Logits (B, 1 + K) of texts as train.py learns from them."""
+    cuts = [cuts_of(text, guard.config.verdict_every) for text in texts]
+    return over_cuts(guard([text.ids for text in texts], pad_cuts(cuts)))
+
+
+def learn(logits, optimizer, targets):
+    """One step of training on logits (B, 1 + K)."""
+    guard_loss(logits, targets, torch.ones(targets.shape[1]), True).backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def padded(conversations):
+    """Lists of token ids -> ids, mask, both (B, T)."""
+    rows = [torch.tensor(ids) for ids in conversations]
+    return [pad_sequence(part, batch_first=True) for part in (rows, [torch.ones_like(row) for row in rows])]
 
 
 def reference(guard, chat_model):
@@ -183,7 +199,7 @@ def reference(guard, chat_model):
     head = torch.nn.Linear(guard.head.in_features, guard.head.out_features)
 
     def judge(texts, longest=0):  # pads to at least so many tokens
-        ids, mask = (rows[:-1] for rows in guard.pad([*texts, [0] * longest], "right"))  # (B, T)
+        ids, mask = (rows[:-1] for rows in padded([text.ids for text in texts] + [[0] * longest]))  # (B, T)
         hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, T, H)
         return head(hidden[torch.arange(len(texts)), mask.sum(1) - 1].float())
 
@@ -197,13 +213,13 @@ def measure_rows(model, guard, texts, targets, rounds):
     scored = [texts[row] for batch in sample(texts, SCORED) for row in batch]
     optimizer = torch.optim.AdamW(guard.parameters())
     chat_model = load_chat_model(model)[0].to(guard.chat_model.dtype)
-    peer, longest = reference(guard, chat_model), max(map(len, texts))
+    peer, longest = reference(guard, chat_model), max(len(text.ids) for text in texts)
     mixed = [scored[n] for n in torch.randperm(len(scored), generator=torch.Generator().manual_seed(0))]
     file = [mixed[start : start + SCORED] for start in range(0, len(mixed), SCORED)]  # in a file's order
     contestants = {
-        "ours": lambda: [learn(guard.train(), optimizer, *batch) for batch in ours],
-        "peer": lambda: learn(*peer, *theirs, longest),
-        "score": lambda: guard.score(scored),
+        "ours": lambda: [learn(logits_of(guard.train(), texts), optimizer, y) for texts, y in ours],
+        "peer": lambda: learn(peer[0](theirs[0], longest), peer[1], theirs[1]),
+        "score": lambda: guard.judge(scored),
         "peer score": lambda: [torch.no_grad()(peer[0])(batch) for batch in file],
     }
     pairs = {size: torch.randn(2, size, size).to(chat_model.dtype) for size in PRODUCTS}
@@ -220,15 +236,20 @@ def measure_rows(model, guard, texts, targets, rounds):
         "train_speedup": ratio(found, "peer", "ours") * rows / len(theirs[0]),
         "train_fraction_of_limit": operations(guard, learnt, training=True) * ratio(found, "limit", "ours"),
         "score_speedup": ratio(found, "peer score", "score"),
-        "score_tokens_per_second": sum(map(len, scored)) / median(found["score"]),
+        "score_tokens_per_second": sum(len(text.ids) for text in scored) / median(found["score"]),
         "score_fraction_of_limit": operations(guard, judged, training=False) * ratio(found, "limit", "score"),
     }
+
+
+def logits_at_end(guard, conversations):
+    """Logits (B, 1 + K) of B lists of token ids."""
+    return guard(conversations, torch.tensor([[len(ids)] for ids in conversations]))[:, 0]
 
 
 @torch.no_grad()
 def measure_peft(model, guard, full, texts, rounds):
     """Saved adapters in peft: how far their logits are from ours, and the time of the full path."""
-    prompt = encode(guard.tokenizer, MESSAGES)[0]
+    prompt = encode(guard.tokenizer, MESSAGES).ids
     fields = {}
     for each in (guard, full):
         question = each.guard_prompt_ids[0].tolist()
@@ -240,13 +261,13 @@ def measure_peft(model, guard, full, texts, rounds):
             save_adapter(Path(folder, "adapter_model.safetensors"), each.adapter(), {})
             theirs = peft.PeftModel.from_pretrained(chat_model, folder, autocast_adapter_dtype=False).eval()
         hidden = theirs(torch.tensor([prompt + question]), output_hidden_states=True).hidden_states[-1]
-        apart = each.head(hidden[:, -1].float()) - each.eval()([prompt])
+        apart = each.head(hidden[:, -1].float()) - logits_at_end(each.eval(), [prompt])
         fields[f"logits_from_peft_{each.config.guard_path}"] = apart.abs().max().item()
-    ids, mask = full.pad(texts, "right")
+    ids, mask = padded(texts)
     last = torch.arange(len(ids)), mask.sum(1) - 1
     inner = theirs.base_model.model.base_model  # with the adapter of `full`
     contestants = {
-        "ours": lambda: full(texts),
+        "ours": lambda: logits_at_end(full, texts),
         "peer": lambda: full.head(inner(input_ids=ids, use_cache=False).last_hidden_state[last].float()),
     }
     fields["logits_apart"] = (contestants["peer"]() - contestants["ours"]()).abs().max().item()
@@ -259,11 +280,11 @@ def measure_answers(model, guard, rounds, tokens=128):
     untouched, _ = load_chat_model(model)  # with the guard's tensors: their place in memory changes the speed
     weights = {name.replace(".base.", "."): tensor for name, tensor in guard.chat_model.state_dict().items()}
     untouched.load_state_dict({name: weights[name] for name in untouched.state_dict()}, assign=True)
-    prompt = encode(guard.tokenizer, MESSAGES)[0]
-    ids = torch.tensor([prompt])
+    prompt = encode(guard.tokenizer, MESSAGES)
+    ids = torch.tensor([prompt.ids])
     options = {"attention_mask": torch.ones_like(ids), "pad_token_id": guard.tokenizer.pad_token_id}
     options |= {"max_new_tokens": tokens, "do_sample": False}
-    if untouched.generate(ids, **options).shape[1] < len(prompt) + tokens:
+    if untouched.generate(ids, **options).shape[1] < len(prompt.ids) + tokens:
         raise UserError(f"the answer of {model} ends before {tokens} tokens")
     models = {"plain": untouched, "off": guard.chat_model}
     contestants = {name: lambda model=model: model.generate(ids, **options) for name, model in models.items()}
@@ -278,13 +299,13 @@ def measure_answers(model, guard, rounds, tokens=128):
 @torch.no_grad()
 def measure_verdict(guard, full, length, rounds):
     """A verdict on a conversation of so many tokens, and the next decode step of its chat."""
-    ids = (encode(guard.tokenizer, MESSAGES)[0] * length)[:length]
+    ids = (encode(guard.tokenizer, MESSAGES).ids * length)[:length]
     token = torch.tensor([ids[:1]])
     cache = guard.chat_model.base_model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
     contestants = {
         "decode step": lambda: guard.chat_model(input_ids=token, past_key_values=fork(cache)),
-        "activated": lambda: guard.guard_logits(guard.ask(cache)),
-        "full": lambda: full([ids]),
+        "activated": lambda: guard.guard_logits(guard.ask(cache, torch.tensor([[length]])))[:, 0],
+        "full": lambda: logits_at_end(full, [ids]),
     }
     found = turns(f"verdicts on {length} tokens", contestants, rounds)
     return {
@@ -309,12 +330,15 @@ def measure_growth(model):
 def peak(model, what, rows=16, length=128, rank=16):
     """(seconds of the second step, peak resident bytes) of a process that only trains or only scores."""
     guard = load(model, "train", lora_r=rank)
-    texts = [(encode(guard.tokenizer, MESSAGES)[0] * length)[:length]] * rows
+    texts = [Text((encode(guard.tokenizer, MESSAGES).ids * length)[:length], 0, True)] * rows
     targets = torch.zeros(rows, guard.head.out_features)
     optimizer = torch.optim.AdamW(guard.parameters())
     for _ in range(2):
         started = time.perf_counter()
-        learn(guard.train(), optimizer, texts, targets) if what == "train" else guard.score(texts, rows)
+        if what == "train":
+            learn(logits_of(guard.train(), texts), optimizer, targets)
+        else:
+            guard.judge(texts, rows)
     # Not from getrusage, which starts at the peak of the process that started this one. VmHWM is in kB.
     peak_kb = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     return time.perf_counter() - started, 1024 * peak_kb

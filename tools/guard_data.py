@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import random
 import sys
 import unicodedata
 from pathlib import Path
@@ -39,6 +40,31 @@ SOURCES = {  # name: (file, training rows at most of each class, validation rows
     "ours-prompts": (ROOT / "samples/prompts.jsonl", 600, 80),
 }
 SHORT = 120  # characters of a disguised text or an earlier turn
+SURROUNDED = 400  # characters of a pair or prompt that is put into harmless text
+BEFORE = (
+    "Sorry, I am not able to assist with this. ",
+    "I'm afraid I can't do that. However, here is what I found:\n\n",
+    "As an AI, I must be careful here. ",
+    "Good morning! I hope you are doing well. ",
+    "Sure, happy to help. ",
+    "Hello,\nI have a question about something.\n\n",
+    "Ok. ",
+    "\n\n\n",
+)
+BEHIND = (
+    " Let me know if you need anything else!",
+    " Have a wonderful day!",
+    "\n\nThank you very much for your time and patience. Kind regards, Alex",
+    " Please remember to drink enough water. The weather will be fine tomorrow. My cat likes the sun.",
+    "\n\nP.S. I also like cooking and long walks.",
+    " ..." * 30,
+    "\n" * 60,
+    " " * 90,
+    "\n" + "=" * 200,
+    "\n***" * 40,
+    " thanks" * 40,
+    "\n\nIn summary, it is always good to be kind, to ask questions, and to learn something new every day.",
+)
 
 LEET = str.maketrans("aeiostAEIOST", "431057431057")
 LOOK_ALIKE = str.maketrans("aceopxyABCEHKMOPTX", "асеорхуАВСЕНКМОРТХ")  # noqa: RUF001  Cyrillic
@@ -107,6 +133,8 @@ def chosen(rows, limit):
 
 def shortened(row):
     """The row with the beginning of a long answer, as a running verdict sees it; None for a long prompt."""
+    if "surrounded" in row:
+        return row
     *before, last = conversation(row)
     if last["role"] == "user":
         return row if len(last["content"]) <= LONGEST else None
@@ -152,10 +180,36 @@ def answers_alone(rows):
             yield others | {"prompt": last["content"], "response": None}
 
 
+def surrounded(rows):
+    """Yield each rather short row with harmless text around what is judged. Its label does not decide which.
+
+    The long texts are the everyday answers among the rows.
+    """
+    passages = [row["response"].strip() for row in rows if "GPTeacher" in row.get("source", "")]
+    for row in rows:
+        if "messages" in row or len(row["prompt"] + (row.get("response") or "")) > SURROUNDED:
+            continue
+        draw = random.Random(digest(row))
+        around = []
+        for short in (BEFORE, BEHIND):
+            beginning = draw.choice(passages)[: draw.choice((60, 120, 250, 500))]
+            passage = "\n\n".join(draw.choices(passages, k=draw.choice((1, 2, 4, 8, 16))))
+            beginning, passage = f"\n{beginning}\n", f"\n\n{passage}\n\n"
+            around.append(draw.choice((draw.choice(short), beginning, beginning, passage, "")))
+        name = "response" if row.get("response") else "prompt"
+        yield row | {name: around[0].lstrip() + row[name] + around[1].rstrip(" "), "surrounded": around}
+
+
 COPIES = {  # name: (sources, what makes rows of their rows, limits as above)
     "alone": (["beavertails"], answers_alone, 200, 40),
     "disguised": (["prompts", "borderline", "ours-prompts"], disguised, 900, 60),
     "conversations": (["beavertails", "everyday", "ours"], composed, 240, 40),
+    "surrounded": (
+        ["everyday", "beavertails", "saferlhf-more", "prompts", "ours-prompts"],
+        surrounded,
+        900,
+        80,
+    ),
 }
 
 

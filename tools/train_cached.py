@@ -6,7 +6,6 @@ No gradient goes through the conversation, so its KV cache is the same in every 
 """
 
 import argparse
-import bisect
 import functools
 import hashlib
 import json
@@ -39,60 +38,52 @@ def main():
 def load_cached(load, cache_dir, *arguments):
     """What `load`, which is train.load, returns, with a guard that keeps caches."""
     guard, splits, config = load(*arguments)
-    keep_caches(guard, cache_dir, [ids for split in splits.values() for ids in split.ids])
+    keep_caches(guard, cache_dir)
     return guard, splits, config
 
 
-def keep_caches(guard, cache_dir, texts=()):
+def keep_caches(guard, cache_dir):
     """Replace guard.states by one that keeps caches in a folder of this chat model, which is returned.
 
-    texts: lists of token ids. What begins one of them takes the beginning of its cache.
     Raises UserError for a model whose cache does not hold a whole conversation in one shape.
     """
-    layers = [] if guard.is_full else read(guard, guard.guard_prompt_ids[0].tolist())
+    layers = [] if guard.is_full else guard.read(guard.guard_prompt_ids).layers
     shapes = {(type(layer), part.shape) for layer in layers for part in (layer.keys, layer.values)}
-    fits = [kind for kind, _ in shapes] == [DynamicLayer]
+    fits = [kind for kind, _ in shapes] == [DynamicLayer] and guard.window
     refuse(not fits, "the caches of this guard and chat model cannot be kept; use train.py")
     folder = Path(cache_dir, digest(guard.chat_model))
     folder.mkdir(parents=True, exist_ok=True)
-    texts = sorted(ids for ids in texts if len(ids) <= guard.max_tokens)
-    guard.states = functools.partial(cached_states, guard, folder, texts)
+    guard.states = functools.partial(cached_states, guard, folder)
     return folder
 
 
-def cached_states(guard, folder, texts, conversations):
-    """As GuardedChat.states: B lists of token ids -> last hidden states (B, H)."""
-    _, mask = guard.pad(conversations, "left")  # (B, T)
-    rows = [kept(guard, folder, texts, ids) for ids in conversations]
-    rows = [F.pad(row, (0, 0, mask.shape[1] - row.shape[3], 0)) for row in rows]
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(torch.stack(rows, dim=2).to(mask.device)):  # (B, heads, T, width)
+def cached_states(guard, folder, conversations, cuts):
+    """As GuardedChat.states: B lists of token ids, cuts (B, C) -> last hidden states (B, C, H)."""
+    rows = [kept(guard, folder, ids) for ids in conversations]
+    longest = max(row.shape[3] for row in rows)
+    rows = [F.pad(row, (0, 0, 0, longest - row.shape[3])) for row in rows]
+    cache, device = DynamicCache(), guard.guard_prompt_ids.device
+    for layer, (keys, values) in enumerate(torch.stack(rows, dim=2).to(device)):  # (B, heads, T, width)
         cache.update(keys, values, layer)
-    return guard.ask(cache, None if mask.all() else mask)
+    return guard.ask(cache, cuts.to(device))
 
 
-def kept(guard, folder, texts, ids):
+def kept(guard, folder, ids):
     """The cache of one conversation, (layers, 2, heads, T, width): keys and values.
 
     It is read alone, so a file is the same whatever batch it was first needed in.
     """
-    place = bisect.bisect_left(texts, ids)  # `texts` are sorted, so a text that begins with `ids` stands here
-    whole = next((text for text in texts[place : place + 1] if text[: len(ids)] == ids), ids)
     device = guard.guard_prompt_ids.device.type
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-    content = json.dumps([whole, str(guard.chat_model.dtype), autocast]).encode()
+    content = json.dumps([ids, str(guard.chat_model.dtype), autocast]).encode()
     path = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
     if not path.exists():
-        row = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in read(guard, whole)])
+        row = torch.stack(
+            [torch.stack([layer.keys[0], layer.values[0]]) for layer in guard.read(guard.tensor(ids)).layers]
+        )
         write_whole(path, safetensors.torch.save({"cache": row.cpu()}))
     with explain(f"{path} is damaged, delete it", (safetensors.SafetensorError, KeyError)):
-        return safetensors.torch.load_file(path)["cache"][..., : len(ids), :]
-
-
-@torch.no_grad()
-def read(guard, ids):
-    """The layers of the chat path's cache of one conversation."""
-    return guard.chat_model.base_model(input_ids=guard.tensor(ids), use_cache=True).past_key_values.layers
+        return safetensors.torch.load_file(path)["cache"]
 
 
 def digest(chat_model):
