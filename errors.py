@@ -73,6 +73,14 @@ def without_twins(pairs):
     return dict(pairs)
 
 
+def from_json(value):
+    """An object as it is, or from the JSON that the cell of a table holds."""
+    if not isinstance(value, str):
+        return value
+    with explain("`messages` and `category` must be JSON"):
+        return json.loads(value, object_pairs_hook=without_twins) if value.strip() else None
+
+
 def json_line(row):
     """The bytes of a row in a JSON Lines file."""
     return (to_json(row) + "\n").encode()
@@ -101,7 +109,7 @@ def guard_arguments(parser):
     either("--threshold", type=float, help=flag)
     rate = "take the thresholds with at most this false positive rate on validation"
     either("--max-fpr", type=float, help=rate)
-    every = "judge a finished text after every N tokens and at its end; 0: only at its end"
+    every = "tokens between two verdicts on a text; 0: one verdict, at its end"
     add("--verdict-every", type=number(int, -1), metavar="N", help=every)
     add("--base-model", help="where the chat model is, if it is not where the config says")
     dtype = "compute in this; default: as stored, or what is faster for many tokens"

@@ -45,7 +45,7 @@ def main():
     guard = guard_of(args)
     print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
     texts = [encode_row(guard.tokenizer, row) for row in tqdm(rows, desc="tokenising", leave=False)]
-    judged = judge(guard, texts)
+    judged = guard.judge(texts, progress="judging")
     verdicts = [guard.verdict(text, *found) for text, found in zip(texts, judged, strict=True)]
     result = measure(guard.config, rows, sources, verdicts)
     if args.running:
@@ -66,12 +66,6 @@ def evaluation_rows(names):
     refuse(not pairs, f"{' '.join(names)}: there are no rows to evaluate on")
     rows, sources = zip(*pairs, strict=True)
     return rows, np.array(sources)
-
-
-def judge(guard, texts, chunk=256):
-    """guard.judge() of many texts, with a progress bar."""
-    starts = tqdm(range(0, len(texts), chunk), desc=f"judging {len(texts)} texts", leave=False)
-    return [found for start in starts for found in guard.judge(texts[start : start + chunk])]
 
 
 def measure(config, rows, sources, verdicts):
@@ -120,7 +114,7 @@ def bootstrap(columns, prompts, draws=1000):
 def running(guard, rows, texts):
     """What verdicts on the way add to those at the ends of answers."""
     answers = [(text, row["is_safe"]) for text, row in zip(texts, rows, strict=True) if text.is_answer]
-    judged = judge(guard, [text for text, _ in answers])
+    judged = guard.judge([text for text, _ in answers], progress="judging on the way")
     first_flags, passed = [], []  # of flagged answers: (token, tokens in all); of the other safe ones: cut?
     for (text, is_safe), (cuts, logits) in zip(answers, judged, strict=True):
         verdicts = [guard.verdict(text, *one) for one in zip(cuts.split(1), logits.split(1), strict=True)]

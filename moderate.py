@@ -78,7 +78,7 @@ def record(prompt, turn, given=False):
         "response_unsafe_probability": None if response is None else last.unsafe,
         "flagged": last.flagged,
         "stopped": stopped,
-        "verdicts": [[verdict.tokens, verdict.unsafe] for _, verdict in turn if verdict.tokens],
+        "verdicts": [[verdict.highest, verdict.unsafe] for _, verdict in turn if verdict.tokens],
         "categories": last.categories,
     }
 

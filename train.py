@@ -3,7 +3,7 @@
     loss = 1/2 BCE(z_0, u; w_0) + 1/(2K) sum_k BCE(z_k, y_k; w_k)      w = negatives / positives
     loss = 1/K sum_k BCE(z_k, y_k; w_k)                                with --no-unsafe-head
 
-z is a row's logit over all the places where a verdict judges it (`over_cuts`).
+z combines a row's logits at all its cuts (`over_cuts`).
 `accelerate launch train.py ...` runs the same loop on several devices.
 """
 
@@ -22,21 +22,13 @@ from accelerate.utils import GradientAccumulationPlugin, LoggerType, set_seed, t
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import (
-    CHOSEN_LATER,
-    EMBEDDED,
-    build_guard,
-    fingerprint,
-    load_chat_model,
-    start_accelerator,
-    use_fast_dtype,
-)
+from checkpoint import EMBEDDED, build_guard, fingerprint, load_chat_model, start_accelerator, use_fast_dtype
 from data import BEAVERTAILS, SPLITS, encode_row, labels, load_splits
 from errors import DTYPES, number, refuse, run
-from model import GuardConfig, cuts_of, pad_cuts
+from model import GuardConfig, cuts_of
 from training_run import check_folder, measure, open_run, read_config, save_epoch, save_state, summary
 
-NOT_KEPT = ("output_dir", "resume", "save_steps", "categories", *CHOSEN_LATER)
+NOT_KEPT = ("output_dir", "resume", "save_steps", "categories", "threshold", "prompt_threshold", "date")
 
 
 def parse_arguments():
@@ -55,6 +47,7 @@ def parse_arguments():
     add("--no-unsafe-head", dest="unsafe_head", action="store_false", help="unsafe is the largest category")
     bias = "learn no bias; the saved head still has one, from calibration"
     add("--no-clf-head-bias", dest="clf_head_bias", action="store_false", help=bias)
+    add("--verdict-every", type=number(int, -1), help="tokens between verdicts; 0: at the end")
     parser.set_defaults(**asdict(GuardConfig()))
     add("--epochs", type=number(int, 0), default=3)
     add("--per-device-batch-size", type=number(int, 0), default=16)
@@ -84,9 +77,12 @@ def guard_loss(logits, labels, pos_weight, unsafe_head):
     return (bce[:, 0].mean() + categories) / 2 if unsafe_head else categories
 
 
-def over_cuts(logits):
-    """A row's logits, (B, C, 1 + K) -> (B, 1 + K). The highest weighs most, as it counts in a verdict."""
-    return (logits.softmax(dim=1) * logits).sum(dim=1)
+def over_cuts(logits, cuts):
+    """A row's logits over its cuts, (B, C, 1 + K) -> (B, 1 + K). The highest weighs most, as in a verdict."""
+    counts = torch.tensor([[len(row)] for row in cuts], device=logits.device)  # (B, 1)
+    padding = torch.arange(logits.shape[1], device=logits.device) >= counts  # (B, C)
+    weights = logits.detach().masked_fill(padding[..., None], -torch.inf).softmax(dim=1)
+    return (weights * logits).sum(dim=1)
 
 
 def main():
@@ -132,7 +128,7 @@ def main():
             with accelerator.accumulate(model):
                 texts = [train.texts[row] for row in batch]
                 cuts = [cuts_of(text, every, shifts[row]) for text, row in zip(texts, batch, strict=True)]
-                logits = over_cuts(model([text.ids for text in texts], pad_cuts(cuts)))  # (B, 1 + K)
+                logits = over_cuts(model([text.ids for text in texts], cuts), cuts)  # (B, 1 + K)
                 loss = guard_loss(logits, train.labels[batch].to(logits.device), pos_weight, unsafe_head)
                 accelerator.backward(loss)  # divides by the accumulation steps
                 if accelerator.sync_gradients:

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import torch
-from accelerate.utils import tqdm
 
 from checkpoint import adapter_header, put_adapter, refuse_other, save_adapter
 from data import SPLITS
@@ -20,7 +19,7 @@ TRAIN_SAMPLE = 48  # training rows at most that are scored after each epoch
 # The arguments that change the result, besides the rows and the chat model
 LEARNING = ("guard_path", "guard_prompt", "lora_targets", "lora_r", "lora_alpha", "lora_dropout")
 LEARNING += ("unsafe_head", "clf_head_bias", "epochs", "per_device_batch_size", "gradient_accumulation_steps")
-LEARNING += ("learning_rate", "seed", "num_processes", "mixed_precision", "compute_dtype")
+LEARNING += ("learning_rate", "seed", "verdict_every", "num_processes", "mixed_precision", "compute_dtype")
 
 # ---------------------------------------------------------------- starting and resuming
 
@@ -133,10 +132,9 @@ def score(accelerator, guard, texts, batch_size):
     """The highest logits (N, 1 + K) of N texts, on the CPU. Each process computes a part; all get all."""
     logits = torch.zeros(len(texts), 1 + len(guard.config.categories))
     mine = range(accelerator.process_index, len(texts), accelerator.num_processes)
-    for start in tqdm(range(0, len(mine), 8 * batch_size), desc="measuring", leave=False):
-        rows = list(mine[start : start + 8 * batch_size])
-        judged = guard.judge([texts[row] for row in rows], batch_size)
-        logits[rows] = torch.stack([z.amax(0) for _, z in judged])
+    judged = guard.judge([texts[row] for row in mine], batch_size, "measuring")
+    for row, (_, z) in zip(mine, judged, strict=True):
+        logits[row] = z.amax(0)
     return accelerator.reduce(logits.to(accelerator.device), "sum").cpu()
 
 

@@ -184,7 +184,7 @@ def score(guard, conversations, **options):
 
 def forward(guard, conversations):
     """The same by the guard's forward, with a gradient."""
-    return guard(conversations, torch.tensor([[len(ids)] for ids in conversations]))[:, 0]
+    return guard(conversations, [[len(ids)] for ids in conversations])[:, 0]
 
 
 def verdict_on(guard, logits, tokens):

@@ -96,13 +96,31 @@ def test_architecture_is_guarded_from_training_to_answers(kind, path, tmp_path):
 
 
 def test_one_pass_asks_at_all_cuts_unless_slots_stand_for_positions():
-    """Kills: a family that is judged in turn for nothing, MPT's slots taken for positions, a slid window."""
+    """Kills: a family that is judged in turn for nothing, MPT's slots taken for positions, a lost window."""
     guards = {kind: make_guard(kind) for kind in KINDS}
     assert [kind for kind, guard in guards.items() if guard.window == 0] == ["mpt"]
-    at_once = {kind for kind, guard in guards.items() if guard.asks_at_once(31)}
-    assert KINDS.keys() - at_once == {"mpt", "mistral", "gemma2", "gemma3", "starcoder2", "gpt_neo"}
-    question = guards["mistral"].guard_prompt_ids.shape[1]
-    assert guards["mistral"].asks_at_once(8 - question) and not guards["mistral"].asks_at_once(9 - question)
+    slid = {kind for kind, guard in guards.items() if guard.window == 8}
+    assert slid == {"mistral", "gemma2", "gemma3", "starcoder2", "gpt_neo"}
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3", "starcoder2", "gpt_neo"])
+def test_a_text_within_the_window_is_asked_at_once(kind):
+    """Kills: a mask that one kind of layer ignores, a window that is measured without the guard prompts."""
+    config, shape = KINDS[kind]
+    name = "window_size" if kind == "gpt_neo" else "sliding_window"
+    guard = guard_for(
+        random_model(config(**TOKENS | shape | {name: 128, "max_position_embeddings": CONTEXT}))
+    )
+    fill_b(guard)
+    size, asked = guard.guard_prompt_ids.shape[1], []
+    ask = guard.ask
+    guard.ask = lambda cache, cuts: asked.append(cuts.shape[1]) or ask(cache, cuts)
+    for length, passes in ((128 - 5 * size, [5]), (129 - 5 * size, [1] * 5)):
+        ids, cuts = text(length), [30, 40, 50, 61, length]
+        in_turn = guard.guard_logits(guard.states_in_turn(ids, torch.tensor(cuts)))
+        asked.clear()
+        assert torch.allclose(guard([ids], [cuts])[0], in_turn, atol=1e-4)
+        assert asked == passes
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -266,18 +284,22 @@ def outcome(kind, path):
         assert "\n" not in str(error) and not lora_layers(chat_model) and answer_of(chat_model) == answer
         return "refused", str(error)
     fill_b(guard, std=0.1)
-    alone = torch.cat([guard([row]) for row in (ids, ids[:75], text(7))])
-    together = [guard([ids, ids[:75], text(7)])]  # beside others
+    rows = [ids, ids[:75], text(7)]
+    alone = torch.cat([forward(guard, [row]) for row in rows])
+    together = [forward(guard, rows)]  # beside others
+    several = guard(rows, [[20, 75, 150], [75], [7]])  # at several cuts
+    together.append(torch.stack([several[0, 2], several[0, 1], several[2, 0]]))
     if path == "full":
         with guard.gate.opened():  # cut off
             hidden = guard.chat_model.base_model(guard.tensor(ids), use_cache=False).last_hidden_state
         together.append(guard.guard_logits(hidden[0, [149, 74]]))
     else:
-        cache = DynamicCache(config=chat_model.config.get_text_config(decoder=True))
+        cache, continued = DynamicCache(config=chat_model.config.get_text_config(decoder=True)), []
         for part in (ids[:75], ids[75:]):  # continued
             guard.chat_model.base_model(guard.tensor(part), past_key_values=cache, use_cache=True)
-            together.insert(1, guard.guard_logits(guard.ask(cache)))
-        together = [together[0], torch.cat(together[1:])]
+            end = torch.tensor([[cache.get_seq_length()]])
+            continued.insert(0, guard.guard_logits(guard.ask(cache, end))[:, 0])
+        together.append(torch.cat(continued))
     for found in together:
         apart = (found - alone[: len(found)]).abs().max().item()
         assert apart < 1e-4, f"its verdicts are {apart:.2g} apart"

@@ -1,5 +1,6 @@
 """Loading chat models, saving and loading guards. Each test names the mutations that it kills."""
 
+import argparse
 import contextlib
 import json
 import math
@@ -22,8 +23,16 @@ from transformers.utils import logging
 
 import checkpoint
 import train
-from checkpoint import EMBEDDED, adapter_header, fingerprint, load_chat_model, load_guard, save_adapter
-from errors import UserError
+from checkpoint import (
+    EMBEDDED,
+    adapter_header,
+    fingerprint,
+    guard_of,
+    load_chat_model,
+    load_guard,
+    save_adapter,
+)
+from errors import UserError, guard_arguments
 from model import NEVER, GuardConfig
 
 TEXTS = ["how is the bread?", "hi", "the answer is harmful, and the user is safe " * 2, "or"]
@@ -269,9 +278,12 @@ def test_an_unknown_setting_is_refused(saved, value, no_chat_model):
 
 
 def test_a_guard_keeps_the_places_of_its_verdicts(saved):
-    """Kills: cuts for an older guard, whose thresholds are those of the ends; an argument that is lost."""
+    """Kills: cuts for an older guard, whose thresholds are those of the ends; an option that is lost."""
     assert load_guard(*saved).config.verdict_every == 0  # as make_guard's
-    assert load_guard(*saved, verdict_every=7).config.verdict_every == 7
+    parser = argparse.ArgumentParser()
+    guard_arguments(parser)
+    for options, wanted in (([], 0), (["--verdict-every=7"], 7)):
+        assert guard_of(parser.parse_args([*map(str, saved), *options])).config.verdict_every == wanted
     edit(saved[0], "verdict_every")  # removes it
     assert load_guard(*saved).config.verdict_every == 0
 

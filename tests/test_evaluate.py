@@ -97,7 +97,7 @@ def test_a_nan_score_counts_as_flagged(result, tmp_path):
     """Kills: a broken guard that is measured as if it let everything pass, NaN in the scored rows."""
     result.guard.config.threshold = 2.0
     broken = ids_of(result.guard.tokenizer, ROWS[0]["prompt"], ROWS[0]["response"])
-    result.guard.judge = lambda texts: [
+    result.guard.judge = lambda texts, progress: [
         (torch.tensor([len(ids)]), torch.full((1, 3), torch.nan if ids == broken else 0.0))
         for ids, *_ in texts
     ]
@@ -198,17 +198,17 @@ ANSWERS = [  # (is it safe, {token: is it flagged there?}), with a verdict after
 ]
 
 
-def test_running_figures_by_hand(monkeypatch):
+def test_running_figures_by_hand():
     """Kills: shares of the wrong rows, the last flag for the first, > for >= at half, prompt tokens."""
     start, guard = 3, make_guard(threshold=0.5, prompt_threshold=0.0)
 
-    def judge(guard, texts):
+    def judge(texts, progress):
         flags = [list(ANSWERS[text.ids[0]][1].items()) for text in texts]
         cuts = [torch.tensor([start + token for token, _ in part]) for part in flags]
         logits = [torch.tensor([[1.0 if flag else -1.0] * 3 for _, flag in part]) for part in flags]
         return list(zip(cuts, logits, strict=True))
 
-    monkeypatch.setattr(evaluate, "judge", judge)
+    guard.judge = judge
     texts = [
         Text([n] * (start + max(flags, default=0)), start, bool(flags))
         for n, (_, flags) in enumerate(ANSWERS)

@@ -10,10 +10,11 @@ import torch
 from conftest import CONTEXT, PATHS, forward, guard_for, ids_of, make_guard, make_model, score, verdict_on
 from transformers import DynamicCache
 
+import model
 from chat import Text
 from errors import UserError
 from lora import LoRALinear
-from model import GuardConfig, GuardedChat
+from model import GuardConfig, GuardedChat, cuts_of
 
 KINDS = ["llama", "mistral", "gpt2"]
 TEXTS = ["how is the bread?", "hi", "the answer is harmful, and the user is safe " * 2, "or"]
@@ -123,12 +124,12 @@ def test_verdicts_at_several_cuts_of_one_reading_are_those_of_the_beginnings(kin
     rows = [
         torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (31, 7, 120)
     ]
-    cuts = torch.tensor([[31, 5, 17], [1, 7, 7], [60, 120, 3]])
+    cuts = [[5, 17, 31], [1, 7], [3, 60, 90, 120]]
     with torch.no_grad():
         found = guard(rows, cuts)  # (B, C, 1 + K)
-    for ids, ends, logits in zip(rows, cuts.tolist(), found, strict=True):
+    for ids, ends, logits in zip(rows, cuts, found, strict=True):
         alone = torch.cat([score(guard, [ids[:end]]) for end in ends])
-        assert torch.allclose(logits, alone, atol=1e-4)
+        assert torch.allclose(logits[: len(ends)], alone, atol=1e-4)
     assert (found[0, 0] - found[0, 1]).abs().max() > 1e-3
 
 
@@ -159,8 +160,9 @@ def test_long_text_is_seen_whole_and_its_worst_window_counts(path, every, monkey
 
     def highest_id(guard, conversations, cuts):
         seen.extend(conversations)
-        pairs = zip(conversations, cuts.tolist(), strict=True)
-        return torch.tensor([[[max(ids[:cut]) * 1.0] * 3 for cut in row] for ids, row in pairs])
+        pairs = [[max(ids[:cut]) for cut in row] for ids, row in zip(conversations, cuts, strict=True)]
+        most = max(map(len, pairs))
+        return torch.tensor([[[n * 1.0] * 3 for n in row + row[-1:] * (most - len(row))] for row in pairs])
 
     monkeypatch.setattr(GuardedChat, "forward", highest_id)
     text = list(range(3, 903))
@@ -171,10 +173,35 @@ def test_long_text_is_seen_whole_and_its_worst_window_counts(path, every, monkey
     pairs = {pair for window in windows for pair in pairwise(window)}
     assert pairs == set(pairwise(text))
     [(cuts, logits)] = guard.judge([Text(text, 400, True)])
-    assert cuts.max() == 900 and logits[cuts == 900, 0].tolist() == [902]
+    wanted = [cut for cut in cuts_of(Text(text, 400, True), every) if cut > 400]
+    assert cuts.tolist() == sorted(set(cuts.tolist())) and set(wanted) <= set(cuts.tolist())
+    assert logits[:, 0].tolist() == [2 + cut for cut in cuts.tolist()]
+    assert guard.verdicts([Text(text, 400, True)])[0].highest == 500
     seen.clear()
     score(guard, [text[: guard.max_tokens]])
     assert seen == [text[: guard.max_tokens]]
+
+
+def test_long_texts_share_a_batch_only_as_far_as_memory_goes(monkeypatch):
+    """Kills: 32 texts of any length in one batch, a text that is longer than a batch and never judged."""
+    guard, batches = make_guard(), []
+    forward_ = GuardedChat.forward
+
+    def spy(guard, conversations, cuts):
+        batches.append([len(ids) for ids in conversations])
+        return forward_(guard, conversations, cuts)
+
+    monkeypatch.setattr(GuardedChat, "forward", spy)
+    monkeypatch.setattr(model, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(model, "CUTS", 2)
+    texts = [Text([5] * length, 0, True) for length in (10, 30, 100, 20, 30)]
+    guard.config.verdict_every = 8
+    found = guard.judge(texts)
+    assert batches == [[100], [30, 30], [20, 10]]
+    assert [len(cuts) for cuts, _ in found] == [2, 4, 13, 3, 4]
+    monkeypatch.undo()
+    for (_, logits), (_, wanted) in zip(found, guard.judge(texts), strict=True):
+        assert torch.allclose(logits, wanted, atol=1e-5)
 
 
 # ---------------------------------------------------------------- The head and its verdicts
@@ -292,12 +319,13 @@ WRONG = [{name: value} for name in NUMBERS for value in (math.inf, math.nan, Tru
 WRONG += [{"lora_r": 0}, {"lora_alpha": -1.0}, {"lora_dropout": 1.0}, {"guard_path": "half"}]
 WRONG += [{"categories": ["a", "a"]}, {"categories": "ab"}, {"categories": [], "unsafe_head": False}]
 WRONG += [{"date": "yesterday"}, {"date": ""}]
+WRONG += [{"verdict_every": value} for value in (-1, 1.5, True)]
 
 
 @pytest.mark.parametrize("settings", WRONG, ids=str)
 def test_settings_that_make_no_sense_are_refused(settings):
     """Kills: a check that is left out, or that takes true for 1."""
-    with pytest.raises(ValueError, match=r"guard|LoRA|categories|finite|date|isoformat"):
+    with pytest.raises(ValueError, match=r"guard|LoRA|categories|finite|date|isoformat|verdict"):
         GuardConfig(**settings)
 
 
@@ -306,4 +334,5 @@ def test_misspelt_setting_is_refused_and_defaults_are_not_shared():
     with pytest.raises(TypeError, match="lora_rank"):
         GuardConfig(lora_rank=8)
     GuardConfig().categories.append("theft")
+    assert GuardConfig().verdict_every == 32  # the thresholds of new guards are of this many tokens
     assert GuardConfig().categories == []

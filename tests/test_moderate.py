@@ -240,11 +240,12 @@ def test_sampling_is_off_until_asked_for(command):
     guard.stream = lambda prompt, past, **options: (
         given.append(options) or [([], Verdict(0, 0.1, {}, False, 1))]
     )
-    for options in ([], ["--temperature=0.5"], ["--top-p=0.9"]):
+    for options in ([], ["--temperature=0.5"], ["--top-p=0.9"], ["--verdict-every=0"]):
         command(guard, "--prompt=a", *options)
     always = {"max_new_tokens": 128, "verdict_every": 16}
     sampled = always | {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
-    assert given == [always, sampled | {"temperature": 0.5}, sampled | {"top_p": 0.9}]
+    at_end = always | {"verdict_every": 0}
+    assert given == [always, sampled | {"temperature": 0.5}, sampled | {"top_p": 0.9}, at_end]
 
 
 def test_only_judging_uses_the_fast_dtype(command, monkeypatch, tmp_path):

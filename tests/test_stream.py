@@ -139,6 +139,8 @@ def test_verdict_is_the_score_of_the_conversation_so_far(kind, path):
         wanted = score(guard, [ids + answer for answer, _ in pairs]).double().sigmoid()
         assert torch.allclose(values(pairs), wanted, atol=1e-5)
         assert last <= at
+        ends = [verdict.tokens for _, verdict in stream(guard, ids, eos_token_id=end or 2, verdict_every=0)]
+        assert ends == sorted({0, last})
 
 
 @pytest.mark.parametrize("kind, path", GUARDS)
@@ -149,7 +151,7 @@ def test_a_prompt_is_judged_on_its_way_from_the_same_reading(kind, path):
     with passes(guard) as seen:
         _, found = next(guard.stream(text, max_new_tokens=2))
     assert (found.unsafe, found.highest) == (pytest.approx(wanted.unsafe, abs=1e-5), wanted.highest)
-    if path == "activated" and guard.asks_at_once(31):
+    if path == "activated" and guard.window > CONTEXT:
         assert [tokens for tokens, is_open in seen if is_open] == [4 * guard.guard_prompt_ids.shape[1]]
 
 

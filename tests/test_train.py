@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from checkpoint import load_guard
 from data import SPLITS, encode_row, load_splits
 from errors import UserError
 from model import NEVER, GuardedChat
-from train import guard_loss, learning_rate
+from train import guard_loss, learning_rate, over_cuts
 
 SCRIPT = Path(train.__file__)
 MEASURES = ("accuracy", "precision", "recall", "f1", "fpr", "auprc")
@@ -126,7 +127,7 @@ def test_rows_are_learnt_from_whole_and_at_random_cuts(path, learn, tmp_path, mo
 
     def spy(guard, conversations, cuts):
         if guard.training or seen[True]:  # before, the new guard is on trial
-            for ids, row in zip(conversations, cuts.tolist(), strict=True):
+            for ids, row in zip(conversations, cuts, strict=True):
                 seen[guard.training].setdefault(tuple(ids), set()).update(row)
         return forward(guard, conversations, cuts)
 
@@ -159,6 +160,19 @@ def test_a_seed_gives_the_same_bytes_and_no_two_seeds_share_an_epoch(learn, monk
     assert len(made) == 6  # of three seeds and two epochs
     assert equal_files(c, d, [*FILES, "checkpoints/epoch_2.safetensors"])
     assert not close(tensors(a), tensors(b), 0.01)
+
+
+def test_loss_over_cuts_by_hand():
+    """Kills: a mean, the highest or the last alone, padding that counts, a gradient of the weights."""
+    logits = torch.tensor([[[2.0], [-1.0], [-1.0]], [[0.0], [1.0], [3.0]]], requires_grad=True)  # (2, 3, 1)
+    found = over_cuts(logits, [[4, 7], [4, 7, 9]])
+    e = math.exp
+    first = (2 * e(2) - e(-1)) / (e(2) + e(-1))  # the third is padding
+    second = (e(1) + 3 * e(3)) / (1 + e(1) + e(3))
+    assert found[:, 0].tolist() == pytest.approx([first, second])
+    assert over_cuts(logits[:1, :2], [[4, 7]]).item() == pytest.approx(first)
+    found.sum().backward()
+    assert logits.grad[0, 2] == 0 and (logits.grad >= 0).all() and logits.grad[1, 2] > 0.5
 
 
 def test_accumulating_four_batches_equals_one_four_times_as_big(learn, monkeypatch):

@@ -190,7 +190,8 @@ def test_a_resume_may_change_what_changes_no_result(model_folder, rows, tmp_path
 
 OTHER = """--guard-path=full --guard-prompt=bread --lora-targets=q_proj --lora-r=3 --lora-alpha=31
 --lora-dropout=0.01 --no-unsafe-head --no-clf-head-bias --epochs=2 --per-device-batch-size=8
---gradient-accumulation-steps=2 --learning-rate=0.002 --seed=1 --dtype=bfloat16"""  # in LEARNING's order
+--gradient-accumulation-steps=2 --learning-rate=0.002 --seed=1 --verdict-every=7
+--dtype=bfloat16"""  # in LEARNING's order
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from checkpoint import EMBEDDED, build_guard, load_chat_model, save_adapter, use
 from data import encode_row, labels, read_rows
 from errors import UserError, run
 from lora import LoRALinear, linear_size
-from model import cuts_of, pad_cuts
+from model import cuts_of
 from train import guard_loss, over_cuts
 
 PROMPT = "Write a long story about a lighthouse keeper who teaches the village's children to read the stars."
@@ -175,7 +175,7 @@ def operations(guard, batches, training):
 def logits_of(guard, texts):
     """Logits (B, 1 + K) of texts as train.py learns from them."""
     cuts = [cuts_of(text, guard.config.verdict_every) for text in texts]
-    return over_cuts(guard([text.ids for text in texts], pad_cuts(cuts)))
+    return over_cuts(guard([text.ids for text in texts], cuts), cuts)
 
 
 def learn(logits, optimizer, targets):
@@ -243,7 +243,7 @@ def measure_rows(model, guard, texts, targets, rounds):
 
 def logits_at_end(guard, conversations):
     """Logits (B, 1 + K) of B lists of token ids."""
-    return guard(conversations, torch.tensor([[len(ids)] for ids in conversations]))[:, 0]
+    return guard(conversations, [[len(ids)] for ids in conversations])[:, 0]
 
 
 @torch.no_grad()

@@ -195,9 +195,10 @@ def surrounded(rows):
             beginning = draw.choice(passages)[: draw.choice((60, 120, 250, 500))]
             passage = "\n\n".join(draw.choices(passages, k=draw.choice((1, 2, 4, 8, 16))))
             beginning, passage = f"\n{beginning}\n", f"\n\n{passage}\n\n"
-            around.append(draw.choice((draw.choice(short), beginning, beginning, passage, "")))
+            ways = (draw.choice(short), draw.choice(short), beginning, beginning, beginning, passage, "", "")
+            around.append(draw.choice(ways))
         name = "response" if row.get("response") else "prompt"
-        yield row | {name: around[0].lstrip() + row[name] + around[1].rstrip(" "), "surrounded": around}
+        yield row | {name: around[0] + row[name] + around[1], "surrounded": around}
 
 
 COPIES = {  # name: (sources, what makes rows of their rows, limits as above)
@@ -207,7 +208,7 @@ COPIES = {  # name: (sources, what makes rows of their rows, limits as above)
     "surrounded": (
         ["everyday", "beavertails", "saferlhf-more", "prompts", "ours-prompts"],
         surrounded,
-        900,
+        750,
         80,
     ),
 }

@@ -2,7 +2,7 @@
 
     python tools/robustness.py [CONFIG.json] --dataset ROWS.jsonl ... --harmless ROWS.jsonl ...
 
---dataset: labelled rows. The unsafe ones that the guard flags as they are get harmless text around them.
+--dataset: labelled rows. Unsafe rows that are flagged get harmless text around them.
 --harmless: rows whose responses make the long texts. Prints one JSON object a line: shares of flagged texts.
 """
 
@@ -50,39 +50,47 @@ def main():
     args = parser.parse_args()
     guard = guard_of(args)
     print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
-    rows = [row for _, _, part in read_rows(args.dataset) for row in part if not row["is_safe"]]
-    rows = [row for row in rows if "prompt" in row]
-    random.Random(0).shuffle(rows)
+    unsafe = [row for row in rows_of(args.dataset) if not row["is_safe"] and row.get("prompt")]
+    random.Random(0).shuffle(unsafe)
     kinds = {}
     for name in ("response", "prompt"):
-        of_kind = [row for row in rows if bool(row.get("response")) == (name == "response")]
-        kinds[name] = [
-            row for row, is_flagged in zip(of_kind, flags(guard, of_kind), strict=True) if is_flagged
-        ]
+        rows = [row for row in unsafe if bool(row.get("response")) == (name == "response")][: 3 * args.limit]
+        kinds[name] = [row for row, is_flagged in zip(rows, flags(guard, rows), strict=True) if is_flagged]
         kinds[name] = kinds[name][: args.limit]
         refuse(not kinds[name], f"no unsafe {name} is flagged")
-    texts = [
-        row["response"] for _, _, part in read_rows(args.harmless) for row in part if row.get("response")
-    ]
-    show(what="as they are", **{f"{name}s": len(kinds[name]) for name in kinds})
-    behind = BEHIND | {"300 tokens of everyday text": "\n\n" + long_text(guard.tokenizer, texts, 300, 0)}
+    show(what="as they are", **{f"{name}s": len(rows) for name, rows in kinds.items()})
+    texts = [row["response"] for row in rows_of(args.harmless) if row["is_safe"] and row.get("response")]
+    refuse(not texts, "--harmless needs safe rows with a response")
+    surround(guard, kinds, BEHIND | {"300 tokens of everyday text": "\n\n" + long_text(guard, texts, 300, 0)})
+    hide(guard, kinds["prompt"], texts)
+
+
+def rows_of(names):
+    return [row for _, _, rows in read_rows(names) for row in rows]
+
+
+def surround(guard, kinds, behind):
+    """Show how much stays flagged with each of the texts behind it, and each of BEFORE before it."""
     for what, added in (behind | BEFORE).items():
         shares = {}
-        for name, some in kinds.items():
-            changed = [
-                row | {name: added + row[name] if what in BEFORE else row[name] + added} for row in some
-            ]
+        for name, rows in kinds.items():
+            texts = [added + row[name] if what in BEFORE else row[name] + added for row in rows]
+            changed = [row | {name: text} for row, text in zip(rows, texts, strict=True)]
             shares[f"{name}s"] = share(guard, changed)
         show(what=what, **shares)
-    tokens = [len(guard.tokenizer(row["prompt"]).input_ids) for row in kinds["prompt"]]
-    sentences = [row["prompt"] for row, n in zip(kinds["prompt"], tokens, strict=True) if 8 <= n <= 32][:20]
+
+
+def hide(guard, rows, texts):
+    """Show how much of short harmful prompts is found in long harmless texts, and what these get alone."""
+    tokens = [len(guard.tokenizer(row["prompt"]).input_ids) for row in rows]
+    short = [row["prompt"] for row, n in zip(rows, tokens, strict=True) if 8 <= n <= 32][:20]
     for length, count in LONG.items():
-        whole = [long_text(guard.tokenizer, texts, length, seed) for seed in range(count)]
-        found = {"prompts": share(guard, [{"prompt": text} for text in whole])}
+        whole = [long_text(guard, texts, length, seed) for seed in range(count)]
         answers = [{"prompt": "Write a long text for me.", "response": text} for text in whole]
+        found = {"prompts": share(guard, [{"prompt": text} for text in whole])}
         show(what=f"harmless texts of {length} tokens", texts=count, **found, responses=share(guard, answers))
         for place, part in (("start", 0), ("middle", 0.5), ("end", 1)):
-            hidden = [put(whole[n % count], sentence, part) for n, sentence in enumerate(sentences)]
+            hidden = [put(whole[n % count], sentence, part) for n, sentence in enumerate(short)]
             found = share(guard, [{"prompt": text} for text in hidden])
             show(what=f"harm at the {place} of {length} tokens", texts=len(hidden), prompts=found)
 
@@ -92,16 +100,17 @@ def flags(guard, rows):
 
 
 def share(guard, rows):
-    """How much of the rows is flagged."""
-    return round(sum(flags(guard, rows)) / len(rows), 3)
+    """How much of the rows is flagged; None of no rows."""
+    return round(sum(flags(guard, rows)) / len(rows), 3) if rows else None
 
 
-def long_text(tokenizer, texts, length, seed):
+def long_text(guard, texts, length, seed):
     """So many tokens of texts that the seed draws."""
     draw, ids = random.Random(f"{length}, {seed}"), []
     while len(ids) < length:
-        ids += tokenizer(draw.choice(texts).strip() + "\n\n").input_ids
-    return tokenizer.decode(ids[:length])
+        text = draw.choice(texts).strip() + "\n\n"
+        ids += guard.tokenizer(text, add_special_tokens=False).input_ids
+    return guard.tokenizer.decode(ids[:length])
 
 
 def put(text, sentence, part):

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
 from errors import explain, refuse, run, write_whole
+from model import GuardedChat
 
 
 def main():
@@ -49,7 +50,7 @@ def keep_caches(guard, cache_dir):
     """
     layers = [] if guard.is_full else guard.read(guard.guard_prompt_ids).layers
     shapes = {(type(layer), part.shape) for layer in layers for part in (layer.keys, layer.values)}
-    fits = [kind for kind, _ in shapes] == [DynamicLayer] and guard.window
+    fits = [kind for kind, _ in shapes] == [DynamicLayer] and guard.window == sys.maxsize
     refuse(not fits, "the caches of this guard and chat model cannot be kept; use train.py")
     folder = Path(cache_dir, digest(guard.chat_model))
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,14 +59,14 @@ def keep_caches(guard, cache_dir):
 
 
 def cached_states(guard, folder, conversations, cuts):
-    """As GuardedChat.states: B lists of token ids, cuts (B, C) -> last hidden states (B, C, H)."""
+    """As GuardedChat.states: B lists of token ids, B lists of cuts -> last hidden states (B, C, H)."""
     rows = [kept(guard, folder, ids) for ids in conversations]
     longest = max(row.shape[3] for row in rows)
     rows = [F.pad(row, (0, 0, 0, longest - row.shape[3])) for row in rows]
     cache, device = DynamicCache(), guard.guard_prompt_ids.device
     for layer, (keys, values) in enumerate(torch.stack(rows, dim=2).to(device)):  # (B, heads, T, width)
         cache.update(keys, values, layer)
-    return guard.ask(cache, cuts.to(device))
+    return GuardedChat.states(guard, conversations, cuts, cache)
 
 
 def kept(guard, folder, ids):
