@@ -3,7 +3,7 @@
     y = W x + gate * (alpha / r) * B (A x)
 
     W   (out, in)   the weight of the base; frozen
-    A   (r, in)     trained; starts Kaiming-uniform
+    A   (r, in)     trained; starts Kaiming-uniform (nn.init), so never at zero
     B   (out, r)    trained; starts at zero, so a new layer computes exactly what its base does
 
 `gate.is_open` says whether the update counts. With the gate shut, return what the base computes, bit for

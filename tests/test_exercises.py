@@ -60,6 +60,7 @@ WRONG = {  # {exercise: {mistake: (a part of the solution, what a learner may wr
             "np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)",
             "np.arange(len(scores))",
         ),
+        "flags only what is above": ("thresholds)[best]", "thresholds)[min(best + 1, len(thresholds))]"),
         "recall of all rows": ("/ labels.sum()", "/ len(labels)"),
     },
 }
