@@ -83,7 +83,7 @@ def surround(guard, kinds, behind):
 def hide(guard, rows, texts):
     """Show how much of short harmful prompts is found in long harmless texts, and what these get alone."""
     tokens = [len(guard.tokenizer(row["prompt"]).input_ids) for row in rows]
-    short = [row["prompt"] for row, n in zip(rows, tokens, strict=True) if 8 <= n <= 32][:20]
+    short = [row["prompt"] for row, n in zip(rows, tokens, strict=True) if 8 <= n <= 32][:10]
     for length, count in LONG.items():
         whole = [long_text(guard, texts, length, seed) for seed in range(count)]
         answers = [{"prompt": "Write a long text for me.", "response": text} for text in whole]
