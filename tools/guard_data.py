@@ -185,7 +185,8 @@ def surrounded(rows):
 
     The long texts are the everyday answers among the rows.
     """
-    passages = [row["response"].strip() for row in rows if "GPTeacher" in row.get("source", "")]
+    everyday = [row["response"].strip() for row in rows if "GPTeacher" in row.get("source", "")]
+    passages = everyday or BEHIND
     for row in rows:
         if "messages" in row or len(row["prompt"] + (row.get("response") or "")) > SURROUNDED:
             continue
