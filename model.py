@@ -176,7 +176,7 @@ class GuardedChat(nn.Module):
             count = max(1, min(batch_size, BATCH_TOKENS // len(parts[0][2])))
             numbers, starts, ids, cuts = zip(*parts[:count], strict=True)
             del parts[:count]
-            bar.update(count)
+            bar.update(len(ids))
             # Not self(...): accelerate puts that under autocast, and what is measured must be what is used.
             logits = GuardedChat.forward(self, ids, cuts).cpu()  # (B, C, 1 + K)
             for n, start, row, judged in zip(numbers, starts, cuts, logits, strict=True):
