@@ -45,8 +45,7 @@ def main():
     guard = guard_of(args)
     print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
     texts = [encode_row(guard.tokenizer, row) for row in tqdm(rows, desc="tokenising", leave=False)]
-    judged = guard.judge(texts, progress="judging")
-    verdicts = [guard.verdict(text, *found) for text, found in zip(texts, judged, strict=True)]
+    verdicts = guard.verdicts(texts, "judging")
     result = measure(guard.config, rows, sources, verdicts)
     if args.running:
         guard.config.verdict_every = args.running

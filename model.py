@@ -165,7 +165,7 @@ class GuardedChat(nn.Module):
         return logits if self.config.unsafe_head else torch.cat([logits.amax(-1, True), logits], dim=-1)
 
     @torch.no_grad()
-    def judge(self, texts: list[chat.Text], batch_size=32, progress=None):
+    def judge(self, texts: list[chat.Text], progress=None, batch_size=32):
         """Judge N texts of any length -> for each its cuts (C,) and the logits there (C, 1 + K)."""
         self.eval()
         parts = [(n, *part) for n, text in enumerate(texts) for part in self.parts(text)]
@@ -195,9 +195,9 @@ class GuardedChat(nn.Module):
         """Verdicts on rows {"prompt", "response"} or {"messages"}. Raises ValueError for a bad one."""
         return self.verdicts([chat.encode(self.tokenizer, chat.conversation(row)) for row in rows])
 
-    def verdicts(self, texts: list[chat.Text]) -> list[Verdict]:
+    def verdicts(self, texts: list[chat.Text], progress=None) -> list[Verdict]:
         """Verdicts on what chat.encode made of some conversations."""
-        return [self.verdict(text, *judged) for text, judged in zip(texts, self.judge(texts), strict=True)]
+        return [self.verdict(t, *part) for t, part in zip(texts, self.judge(texts, progress), strict=True)]
 
     def verdict(self, text: chat.Text, cuts, logits) -> Verdict:
         """The Verdict on a text: the highest of its logits (C, 1 + K) at cuts (C,)."""

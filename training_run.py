@@ -132,7 +132,7 @@ def score(accelerator, guard, texts, batch_size):
     """The highest logits (N, 1 + K) of N texts, on the CPU. Each process computes a part; all get all."""
     logits = torch.zeros(len(texts), 1 + len(guard.config.categories))
     mine = range(accelerator.process_index, len(texts), accelerator.num_processes)
-    judged = guard.judge([texts[row] for row in mine], batch_size, "measuring")
+    judged = guard.judge([texts[row] for row in mine], "measuring", batch_size)
     for row, (_, z) in zip(mine, judged, strict=True):
         logits[row] = z.amax(0)
     return accelerator.reduce(logits.to(accelerator.device), "sum").cpu()

@@ -223,7 +223,9 @@ def test_what_stops_a_turn_is_yielded_last(prompt, answer, stopped):
 def test_prompts_and_answers_have_their_own_thresholds(tmp_path):
     """Kills: one threshold in place of the other: in a file, in a pair, in a turn, with a blank response."""
     guard = make_guard()
-    guard.judge = lambda texts: [(torch.tensor([len(text.ids)]), torch.zeros(1, 3)) for text in texts]
+    guard.judge = lambda texts, progress: [
+        (torch.tensor([len(text.ids)]), torch.zeros(1, 3)) for text in texts
+    ]
     rows = [{"prompt": "hi"}, {"prompt": "hi", "response": " "}, {"prompt": "hi", "response": "or"}]
     source = write(tmp_path / "in.jsonl", rows)
     for prompts, responses, wanted in ((0.6, 0.5, [False, False, True]), (0.5, 0.6, [True, True, False])):
@@ -325,7 +327,7 @@ def test_a_killed_scoring_goes_on_where_it_was(tmp_path):
     source = write(tmp_path / "in.jsonl", [*ROWS, {"prompt": 3}, "row", *ROWS])
     scored(guard, source, target, errors=2, chunk_rows=1)  # alone in a batch, so that scores are equal again
     whole, judge = target.read_bytes(), guard.judge
-    guard.judge = lambda texts: judged.extend(texts) or judge(texts)
+    guard.judge = lambda texts, progress: judged.extend(texts) or judge(texts)
     ends = [match.end() for match in re.finditer(rb"\n", whole)]
     for cut in (0, 1, 15, ends[0] - 1, ends[0], ends[0] + 1, ends[2] + 9, ends[3], ends[4] - 2, len(whole)):
         target.write_bytes(whole[:cut])

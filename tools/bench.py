@@ -301,7 +301,7 @@ def measure_verdict(guard, full, length, rounds):
     """A verdict on a conversation of so many tokens, and the next decode step of its chat."""
     ids = (encode(guard.tokenizer, MESSAGES).ids * length)[:length]
     token = torch.tensor([ids[:1]])
-    cache = guard.chat_model.base_model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+    cache = guard.read(torch.tensor([ids]))
     contestants = {
         "decode step": lambda: guard.chat_model(input_ids=token, past_key_values=fork(cache)),
         "activated": lambda: guard.guard_logits(guard.ask(cache, torch.tensor([[length]])))[:, 0],
@@ -338,7 +338,7 @@ def peak(model, what, rows=16, length=128, rank=16):
         if what == "train":
             learn(logits_of(guard.train(), texts), optimizer, targets)
         else:
-            guard.judge(texts, rows)
+            guard.judge(texts, batch_size=rows)
     # Not from getrusage, which starts at the peak of the process that started this one. VmHWM is in kB.
     peak_kb = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     return time.perf_counter() - started, 1024 * peak_kb
