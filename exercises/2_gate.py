@@ -7,7 +7,7 @@ All LoRA layers of a model share one gate. It is shut by default; the guard open
 
 PlainGate does this with a plain attribute, and it has three faults. Another thread that writes an answer
 meanwhile would write it with the adapters on. An error inside the block leaves the gate open. And the end
-of an inner block shuts the gate of the outer one.
+of an inner block shuts the gate while the outer block still runs.
 
 1. Write `leaks`, which shows the first fault: it is True for a PlainGate.
 2. Write `Gate` without the three faults. `threading.local` keeps separate attributes for each thread.

@@ -1,11 +1,11 @@
 """Exercise 4: the guard's loss, with unknown labels and with weights.
 
     loss = 1/2 BCE(z_0, u; w_0) + 1/(2K) sum_k BCE(z_k, y_k; w_k)      w = negatives / positives
-    loss = 1/K sum_k BCE(z_k, y_k; w_k)                                without the unsafe head
+    loss = 1/K sum_k BCE(z_k, y_k; w_k)                                without the unsafe head, and z_0
 
 z_0 is the logit of unsafe, z_1..K are those of the categories. Each BCE is a mean over the B rows, and its
-positive rows count w times: rare harm would else be drowned by the rows without it. A label that is NaN is
-unknown. Its BCE is 0, it sends no gradient back, and it counts neither as negative nor as positive.
+positive rows count w times, so that rare harm is not drowned out. A label that is NaN is unknown. Its BCE is
+0 and gives no gradient, but its row counts in B. It counts neither as negative nor as positive in w.
 
 torch.nn.functional.binary_cross_entropy_with_logits takes a `pos_weight`. Mind that 0 times NaN is NaN.
 

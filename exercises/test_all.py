@@ -2,9 +2,7 @@
 
 import importlib.util
 import math
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,24 +28,29 @@ def exercise(request):
 
 
 def test_1_lora(exercise):
-    """Kills: no scaling or r / alpha, a B that does not start at zero, an unread gate, a W that learns."""
+    """Fails: no scaling or r / alpha, a B that is not zero at first, a gate as a factor, a W that learns."""
     gate, base, x = Gate(), nn.Linear(6, 5), torch.randn(4, 2, 6)
     layer = exercise.LoRALinear(base, (6, 5), r=3, lora_alpha=7.0, gate=gate)
-    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    assert layer.lora_A.shape == (3, 6) and layer.lora_A.any(), "A is (r, in) and does not start at zero"
+    trained = {name for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}, "train lora_A and lora_B alone, not the base"
+    shapes = (layer.lora_A.shape, layer.lora_B.shape)
+    assert shapes == ((3, 6), (5, 3)) and layer.lora_A.any(), "A is (r, in), not zero; B is (out, r)"
     with gate.opened():
         assert torch.equal(layer(x), base(x)), "a new layer must not change its base"
-    nn.init.normal_(layer.lora_B)
-    update = 7.0 / 3 * x @ (layer.lora_B @ layer.lora_A).T
-    assert torch.equal(layer(x), base(x)), "with the gate shut the update must not count"
-    with gate.opened():
-        assert torch.allclose(layer(x), base(x) + update, atol=1e-5)
+        nn.init.normal_(layer.lora_B)
+        update = 7.0 / 3 * x @ (layer.lora_B @ layer.lora_A).T
+        assert torch.allclose(layer(x), base(x) + update, atol=1e-5), "open: W x + (alpha / r) B (A x)"
+        layer(x).sum().backward()
+    assert layer.lora_A.grad is not None and layer.lora_B.grad is not None, "A and B get gradients"
+    nn.init.constant_(layer.lora_B, math.inf)
+    assert torch.equal(layer(x), base(x)), "shut: W x alone, because 0 times infinity is NaN"
 
 
 def test_2_gate(exercise):
-    """Kills: one state for all threads, a gate that an inner block shuts, one that an error leaves open."""
-    gate, open_for_all = exercise.Gate(), SimpleNamespace(is_open=True, opened=nullcontext)
-    assert exercise.leaks(open_for_all) and not exercise.leaks(gate) and not gate.is_open
+    """Fails: one state for all threads, a gate that an inner block shuts or an error leaves open."""
+    gate, plain = exercise.Gate(), load(Path(__file__).with_name("2_gate.py")).PlainGate()
+    assert exercise.leaks(plain), "open the gate, and let a second thread find a PlainGate open"
+    assert not exercise.leaks(gate), "another thread must find the gate shut"
     with pytest.raises(RuntimeError), gate.opened():
         with gate.opened():
             assert gate.is_open
@@ -58,31 +61,34 @@ def test_2_gate(exercise):
 
 @torch.no_grad()
 def test_3_cache(exercise):
-    """Kills: a cache that grows, layers that are shared, a deep copy, cropping, a gate that stays shut."""
+    """Fails: a cache that grows, layers that are shared, a deep copy, cropping, a gate that stays shut."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = MistralConfig(vocab_size=99, num_key_value_heads=2, sliding_window=8, **shape)
     chat_model = MistralForCausalLM(config).eval()
     gate = inject_lora(chat_model, ["q_proj", "v_proj"], 4, 8.0)
-    for name, parameter in chat_model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
+    for layer in (m for m in chat_model.modules() if hasattr(m, "lora_B")):
+        nn.init.normal_(layer.lora_B)
     ids, guard_prompt_ids = torch.randint(99, (1, 12)), torch.tensor([[5, 6, 7]])
     cache, other = (chat_model.base_model(ids, use_cache=True).past_key_values for _ in range(2))
-    before = [(layer.keys, layer.values) for layer in cache.layers]
+    before = sum(((layer.keys, layer.values) for layer in cache.layers), ())
     forked = exercise.fork(cache)
-    assert forked.layers[1].keys is cache.layers[1].keys, "a fork shares the tensors"
+    pairs = zip(forked.layers, cache.layers)
+    assert all(x.keys is y.keys and x.values is y.values for x, y in pairs), "a fork shares the tensors"
     hidden = exercise.ask(chat_model, gate, cache, guard_prompt_ids)
-    assert cache.get_seq_length() == 12 and not gate.is_open
-    for layer, (keys, values) in zip(cache.layers, before, strict=True):
-        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+    assert cache.get_seq_length() == 12 and not gate.is_open, "the cache must not grow; shut the gate again"
+    after = sum(((layer.keys, layer.values) for layer in cache.layers), ())
+    assert all(map(torch.equal, before, after)), "the chat's cache must keep its tensors"
     with gate.opened():
         wanted = chat_model.base_model(guard_prompt_ids, past_key_values=other).last_hidden_state[:, -1]
-    assert hidden.shape == (1, 32) and torch.allclose(hidden, wanted, atol=1e-5)
+    assert hidden.shape == (1, 32), "return the state of the last token, (1, H)"
+    assert torch.allclose(hidden, wanted, atol=1e-5), (
+        "gate open? last token? every attribute of a layer kept?"
+    )
 
 
 def test_4_loss(exercise):
-    """Kills: unknown labels that count as safe, weights upside down, NaN gradients, one mean over all."""
+    """Fails: unknown labels that count as safe, weights upside down, NaN gradients, one mean over all."""
     unknown, weights = float("nan"), [3.0, 2.0, 0.5]
     labels = torch.tensor([[1, 1, unknown], [0, 0, 1], [0, unknown, 1], [0, 0, 0]])
     assert torch.allclose(exercise.pos_weight_of(labels), torch.tensor(weights))
@@ -102,7 +108,7 @@ def test_4_loss(exercise):
 
 
 def test_5_threshold(exercise):
-    """Kills: a quantile of the harmless scores, a rate of all rows, rows of equal score told apart."""
+    """Fails: a quantile of the harmless scores, a rate of all rows, rows of equal score told apart."""
     random = np.random.default_rng(0)
     for _ in range(50):
         labels = np.append([0, 1], random.integers(0, 2, 40))

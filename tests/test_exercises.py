@@ -27,6 +27,10 @@ WRONG = {  # {exercise: {mistake: (a part of the solution, what a learner may wr
             "nn.init.zeros_(self.lora_A)",
         ),
         "gate not read": ("not self.gate.is_open", "False"),
+        "gate as a factor": (
+            "        if not self.gate.is_open:\n            return y\n",
+            "        x = x * self.gate.is_open\n",
+        ),
         "W learns": (".requires_grad_(False)", ""),
     },
     "2_gate": {

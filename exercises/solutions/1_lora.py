@@ -1,5 +1,3 @@
-"""A solution of exercise 1."""
-
 import math
 
 import torch

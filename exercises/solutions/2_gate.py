@@ -1,5 +1,3 @@
-"""A solution of exercise 2."""
-
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

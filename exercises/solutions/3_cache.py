@@ -1,5 +1,3 @@
-"""A solution of exercise 3."""
-
 import copy
 
 

@@ -1,5 +1,3 @@
-"""A solution of exercise 4."""
-
 from torch.nn import functional as F
 
 

@@ -1,5 +1,3 @@
-"""A solution of exercise 5."""
-
 import numpy as np
 
 
