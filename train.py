@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import math
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -112,8 +113,9 @@ def main():
     rows_per_update = args.per_device_batch_size * steps * accelerator.num_processes
     per_epoch = math.ceil(len(train.texts) / rows_per_update)
     total = args.epochs * per_epoch
-    bar = tqdm(total=total, initial=state["update"])
-    for update in range(state["update"], total):
+    first, started = state["update"], time.monotonic()
+    bar = tqdm(total=total, initial=first)
+    for update in range(first, total):
         # Order, cuts and dropout follow from the seed and the update's number, so a resumed run repeats them.
         epoch, number = divmod(update, per_epoch)
         generator = torch.Generator().manual_seed(seed_of(args.seed, epoch))
@@ -154,7 +156,8 @@ def main():
     accelerator.wait_for_everyone()  # a process that leaves first takes down the one that writes
     model, optimizer = accelerator.free_memory(model, optimizer)  # at interpreter exit, DDP can deadlock
     accelerator.end_training()
-    accelerator.print(summary(output, state))
+    seconds = time.monotonic() - started
+    accelerator.print(summary(output, state, total - first, seconds, accelerator.device))
 
 
 class Split:

@@ -4,7 +4,10 @@ import csv
 import io
 import json
 import os
+import platform
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -143,15 +146,28 @@ def best_epoch(state):
     return max(state["metrics"], key=lambda row: row["validation/auprc"])
 
 
-def summary(output, state):
-    """What a run says at its end."""
+def summary(output, state, updates, seconds, device):
+    """What a run says at its end. seconds: how long so many updates took with all that was measured."""
     best, too_few = best_epoch(state), "validation has too few safe or unsafe rows"
-    lines = [f"the guard of the best epoch by validation AUPRC is {output / 'adapter.safetensors'}"]
+    validation, test = best["validation/auprc"], best["test/auprc"]
+    lines = [f"epoch {best['epoch']} is the best: validation AUPRC {validation:.3f}, test AUPRC {test:.3f}"]
+    where = f"{torch.get_num_threads()} threads of {processor(device)}"
+    lines.append(f"{updates} updates took {seconds / 60:.1f} minutes on {where}")
+    lines.append(f"the guard is {output / 'adapter.safetensors'}")
     if best["threshold"] == GuardConfig.threshold:
         lines.append(f"it flags answers from {GuardConfig.threshold}: {too_few} with a response")
     if best["prompt_threshold"] == NEVER:
         lines.append(f"it refuses no prompt: {too_few} without a response")
     return "\n".join(lines)
+
+
+def processor(device):
+    """The name of what computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")  # of Linux; elsewhere `platform` knows more
+    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def save_epoch(accelerator, output, guard, measured, state, config):
@@ -176,6 +192,26 @@ def save_epoch(accelerator, output, guard, measured, state, config):
         writer.writeheader()
         writer.writerows(rows)
         write_whole(output / name, text.getvalue().encode())
+    draw_curves(output / "curves.png", state)
+
+
+def draw_curves(path, state):
+    """Draw the loss of every update and the AUPRC of each split, if matplotlib is there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure, picture = Figure(figsize=(9, 3.5), layout="constrained"), io.BytesIO()
+    left, right = figure.subplots(1, 2)
+    left.plot([row["update"] for row in state["losses"]], [row["loss"] for row in state["losses"]])
+    left.set(xlabel="update", ylabel="loss")
+    for split in SPLITS:
+        values = [row[f"{split}/auprc"] for row in state["metrics"]]
+        right.plot([row["epoch"] for row in state["metrics"]], values, marker="o", label=split)
+    right.set(xlabel="epoch", ylabel="AUPRC")
+    right.legend()
+    figure.savefig(picture)
+    write_whole(path, picture.getvalue())
 
 
 def calibrated(guard, shift, temperature):

@@ -23,22 +23,25 @@ def curves(drawn):
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn.lines}
 
 
-def test_each_file_of_scores_with_unsafe_rows_has_a_curve(axes, tmp_path, monkeypatch):
-    """Kills: one curve of all rows, classes mixed up, a broken guard's null as 0, a wrong tenth."""
-    files = {"a": [(False, 0.91), (True, 0.2)], "b": [(False, 0.97), (True, None)], "safe": [(True, 0.3)]}
+def test_each_file_of_scores_has_a_row_of_pictures(axes, tmp_path, monkeypatch):
+    """Kills: pictures of all rows at once, classes mixed up, a broken guard's null as 0, a wrong tenth."""
+    files = {"a": [(False, 0.91), (True, 0.2), (True, 0.24)], "b": [(True, 0.86), (False, None)]}
+    files["safe"] = [(True, 0.3)]
     for name, rows in files.items():
         write(tmp_path / name, [{"is_safe": is_safe, "unsafe_probability": p} for is_safe, p in rows])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plots.py", "out.png", *files])
     plots.main()
-    precision, histogram, diagram = axes
-    heights = {name: ys for name, (_, ys) in curves(precision).items()}
-    assert (heights["a"], heights["b"]) == ([1, 0.5], [0, 0.5]) and len(heights) == 3
-    assert "0.583" in precision.get_title()
-    bars = [[bar.get_height() for bar in kind] for kind in histogram.containers]
-    assert [(sum(heights), sum(heights[20:])) for heights in bars] == [(3, 1), (2, 2)]
-    points = diagram.collections[0].get_offsets().flatten().tolist()
-    assert points == pytest.approx([0.2, 0, 0.3, 0, 0.96, 2 / 3])
+    assert len(axes) == 9
+    heights = [[line.get_ydata().tolist() for line in drawn.lines[:-1]] for drawn in axes[::3]]
+    assert heights == [[pytest.approx([1, 1 / 2, 1 / 3])], [pytest.approx([1, 1 / 2])], []]
+    titles = [drawn.get_title() for drawn in axes[::3]]
+    assert titles == ["a: AUPRC 1.000", "b: AUPRC 1.000", "safe: AUPRC nan"]
+    bars = [[sum(bar.get_height() for bar in kind) for kind in drawn.containers] for drawn in axes[1::3]]
+    assert bars == [[2, 1], [1, 1], [1, 0]]
+    points = [drawn.collections[0].get_offsets().flatten().tolist() for drawn in axes[2::3]]
+    assert points[0] == pytest.approx([0.22, 0, 0.91, 1])
+    assert points[1] == pytest.approx([0.86, 0, 1, 1])  # null is 1: a broken guard flags all
 
 
 def test_rows_without_a_score_are_refused(tmp_path):

@@ -64,6 +64,21 @@ def die_at(monkeypatch, moment, *arguments):
 # ---------------------------------------------------------------- what is saved
 
 
+def test_the_curves_show_the_losses_and_every_split(tmp_path, monkeypatch):
+    """Kills: a split or an epoch left out, losses over epochs, lines without names."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    monkeypatch.setattr("matplotlib.figure.Figure", lambda **_: figure)
+    losses = [{"update": n, "loss": 1 / n} for n in range(1, 5)]
+    rows = [{f"{split}/auprc": n / 10 + k / 100 for k, split in enumerate(SPLITS)} for n in (1, 2)]
+    state = {"losses": losses, "metrics": [{"epoch": n, **row} for n, row in enumerate(rows, 1)]}
+    training_run.draw_curves(tmp_path / "curves.png", state)
+    left, right = figure.axes
+    drawn = {line.get_label(): line.get_xydata().flatten().tolist() for line in right.lines}
+    assert drawn == {s: [1, rows[0][f"{s}/auprc"], 2, rows[1][f"{s}/auprc"]] for s in SPLITS}
+    assert left.lines[0].get_xydata().tolist() == [[n, 1 / n] for n in range(1, 5)] and right.get_legend()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("options", [[], BARE, ["--guard-path=full"]], ids=["default", "bare", "full"])
 def test_a_saved_guard_gives_what_was_measured(options, precision, model_folder, rows, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ Contestants take turns in one process: a shared machine's speed drifts. A ratio 
 
 import argparse
 import json
-import platform
 import re
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from errors import UserError, run
 from lora import LoRALinear, linear_size
 from model import cuts_of
 from train import guard_loss, over_cuts
+from training_run import processor
 
 PROMPT = "Write a long story about a lighthouse keeper who teaches the village's children to read the stars."
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -65,7 +65,7 @@ def main():
     if len(rows) < SCORED:
         raise UserError(f"there must be at least {SCORED} rows to measure with")
     texts = [encode_row(guard.tokenizer, row) for row in rows]
-    result = {"processor": processor(), "threads": torch.get_num_threads()}
+    result = {"processor": processor(torch.device("cpu")), "threads": torch.get_num_threads()}
     result["dtype"] = str(guard.chat_model.dtype)[6:]  # without "torch."
     result["versions"] = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
     result |= {"rows": len(rows), "longest_row": max(len(text.ids) for text in texts)}
@@ -108,12 +108,6 @@ def load(model, use, **settings):
     for parameter in guard.adapter().values():
         torch.nn.init.normal_(parameter, std=0.02)  # with B at zero, peft would agree whatever the scale is
     return guard
-
-
-def processor():
-    info = Path("/proc/cpuinfo")  # of Linux; elsewhere `platform` knows more
-    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def sample(texts, size):

@@ -42,29 +42,34 @@ def read_scores(paths):
 
 
 def plot_evaluation(path, labels, scores, sources):
-    """Draw the three. Each file with unsafe rows gets a curve of its own.
+    """Draw a row of three for each file on one page.
 
     labels, scores, sources: whether each row is unsafe, its score, and its file; each (N,).
     """
-    figure, (precision, histogram, diagram) = figure_of(1, 3, figsize=(12, 4))
-    names = [name for name in dict.fromkeys(sources) if labels[sources == name].any()]
-    for name in names:
-        _, positives, flagged = curve(labels[sources == name], scores[sources == name])
-        precision.plot(positives / positives[-1], positives / flagged, label=name[-32:])
-    if len(names) > 1:
-        precision.legend(fontsize="xx-small")
+    names = list(dict.fromkeys(sources))
+    figure, rows = figure_of(len(names), 3, figsize=(12, 4 * len(names)), squeeze=False)
+    for axes, name in zip(rows, names, strict=True):
+        draw_file(axes, str(name), labels[sources == name], scores[sources == name])
+    save(figure, path)
+
+
+def draw_file(axes, name, labels, scores):
+    """Draw one file's three pictures. Precision and recall need unsafe rows."""
+    precision, histogram, diagram = axes
+    if labels.any():
+        _, positives, flagged = curve(labels, scores)
+        precision.plot(positives / positives[-1], positives / flagged)
     precision.axhline(labels.mean(), linestyle=":", color="grey")
-    precision.set(xlabel="recall", ylabel="precision", ylim=(0, 1.02))
-    precision.set_title(f"AUPRC {average_precision(labels, scores):.3f}")
-    for kind, name in enumerate(("safe", "unsafe")):
-        histogram.hist(scores[labels == kind], bins=np.linspace(0, 1, 41), alpha=0.6, label=name)
+    precision.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(0, 1.02))
+    precision.set_title(f"{name[-40:]}: AUPRC {average_precision(labels, scores):.3f}")
+    for kind, label in enumerate(("safe", "unsafe")):
+        histogram.hist(scores[labels == kind], bins=np.linspace(0, 1, 41), alpha=0.6, label=label)
     histogram.set(xlabel="unsafe probability", ylabel="rows")
     histogram.legend()
     rows, score, positive = reliability(labels, scores)
     diagram.plot((0, 1), (0, 1), linestyle=":", color="grey")
     diagram.scatter(score, positive, s=400 * rows / rows.sum())
     diagram.set(xlabel="unsafe probability", ylabel="share of unsafe rows", title="reliability")
-    save(figure, path)
 
 
 def reliability(labels, scores):
