@@ -73,7 +73,7 @@ def test_3_cache(exercise):
     cache, other = (chat_model.base_model(ids, use_cache=True).past_key_values for _ in range(2))
     before = sum(((layer.keys, layer.values) for layer in cache.layers), ())
     forked = exercise.fork(cache)
-    pairs = zip(forked.layers, cache.layers)
+    pairs = zip(forked.layers, cache.layers, strict=True)
     assert all(x.keys is y.keys and x.values is y.values for x, y in pairs), "a fork shares the tensors"
     hidden = exercise.ask(chat_model, gate, cache, guard_prompt_ids)
     assert cache.get_seq_length() == 12 and not gate.is_open, "the cache must not grow; shut the gate again"

@@ -13,7 +13,9 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import random
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -133,7 +135,7 @@ def chosen(rows, limit):
 
 def shortened(row):
     """The row with the beginning of a long answer, as a running verdict sees it; None for a long prompt."""
-    if "surrounded" in row:
+    if "around" in row:
         return row
     *before, last = conversation(row)
     if last["role"] == "user":
@@ -181,37 +183,51 @@ def answers_alone(rows):
 
 
 def surrounded(rows):
-    """Yield each rather short row with harmless text around what is judged. Its label does not decide which.
-
-    The long texts are the everyday answers among the rows.
-    """
+    """Yield each rather short row with a little harmless text around what is judged."""
     everyday = [row["response"].strip() for row in rows if "GPTeacher" in row.get("source", "")]
     passages = everyday or BEHIND
-    for row in rows:
-        if "messages" in row or len(row["prompt"] + (row.get("response") or "")) > SURROUNDED:
-            continue
+    for row in filter(is_rather_short, rows):
         draw = random.Random(digest(row))
         around = []
         for short in (BEFORE, BEHIND):
-            beginning = draw.choice(passages)[: draw.choice((60, 120, 250, 500))]
-            passage = "\n\n".join(draw.choices(passages, k=draw.choice((1, 2, 4, 8, 16))))
-            beginning, passage = f"\n{beginning}\n", f"\n\n{passage}\n\n"
-            ways = (draw.choice(short), draw.choice(short), beginning, beginning, beginning, passage, "", "")
+            passage = draw.choice(passages)
+            beginning = passage[: draw.choice((60, 120, 250, 500))]
+            sentences = " ".join(re.split(r"(?<=[.!?])\s+", passage)[: draw.choice((1, 2, 3))])
+            ways = (draw.choice(short), draw.choice(short), f"\n{beginning}\n", f" {sentences} ", passage, "")
             around.append(draw.choice(ways))
-        name = "response" if row.get("response") else "prompt"
-        yield row | {name: around[0] + row[name] + around[1], "surrounded": around}
+        yield put_between(row, *around)
 
 
+def long_texts(rows):
+    """Yield each rather short row somewhere in a long text that is harmless."""
+    passages = [conversation(row)[-1]["content"].strip()[:LONGEST] for row in rows if row["is_safe"]]
+    for row in filter(is_rather_short, rows):
+        draw = random.Random(digest(row))
+        length = math.exp(draw.uniform(math.log(1000), math.log(8000)))  # characters
+        parts = []
+        while sum(map(len, parts)) < length:
+            parts.append(draw.choice(passages) + "\n\n")
+        place = draw.randint(0, len(parts))
+        yield put_between(row, "".join(parts[:place]), "\n\n" + "".join(parts[place:]))
+
+
+def is_rather_short(row):
+    return "messages" not in row and len(row["prompt"] + (row.get("response") or "")) <= SURROUNDED
+
+
+def put_between(row, before, behind):
+    """The row with text around what is judged. Its label does not decide which."""
+    name = "response" if row.get("response") else "prompt"
+    return row | {name: before + row[name] + behind, "around": [before, behind]}
+
+
+AROUND = ["everyday", "beavertails", "saferlhf-more", "prompts", "ours-prompts"]
 COPIES = {  # name: (sources, what makes rows of their rows, limits as above)
     "alone": (["beavertails"], answers_alone, 200, 40),
     "disguised": (["prompts", "borderline", "ours-prompts"], disguised, 900, 60),
     "conversations": (["beavertails", "everyday", "ours"], composed, 240, 40),
-    "surrounded": (
-        ["everyday", "beavertails", "saferlhf-more", "prompts", "ours-prompts"],
-        surrounded,
-        750,
-        80,
-    ),
+    "surrounded": (AROUND, surrounded, 1000, 80),
+    "long": (AROUND, long_texts, 200, 40),
 }
 
 
