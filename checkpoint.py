@@ -220,13 +220,12 @@ def refuse_other(path, wanted, found):
 
 def at_most(config, points, max_fpr):
     """The config with the thresholds of the highest rates in `points` that are not above max_fpr."""
-    rates = sorted(map(float, points["answer"]))
-    refuse(not (rates and max_fpr >= rates[0]), f"only these false positive rates have thresholds: {rates}")
-    chosen = {"prompt": NEVER}
-    for kind in points:
-        for rate in sorted(points[kind], key=float):
-            if float(rate) <= max_fpr:
-                chosen[kind], _ = points[kind][rate]
+    chosen = {}
+    for kind, thresholds in points.items():
+        rates = [rate for rate in thresholds if float(rate) <= max_fpr]
+        chosen[kind] = thresholds[max(rates, key=float)][0] if rates else NEVER
+    known = ", ".join(points["answer"])
+    refuse(chosen["answer"] == NEVER, f"only these false positive rates have thresholds: {known}")
     return replace(config, threshold=chosen["answer"], prompt_threshold=chosen["prompt"])
 
 

@@ -172,11 +172,11 @@ def score_file(guard, source, target, accelerator, chunk_rows=256):
     """
     done, failed = done_rows(guard, source, target)
     accelerator.wait_for_everyone()  # a slower process would count what this one writes
-    rows, number = itertools.islice(rows_of(source), done, None), accelerator.process_index
+    rows = itertools.islice(rows_of(source), done, None)
     with tqdm(initial=done, unit=" rows") as bar:
         while chunk := list(itertools.islice(rows, chunk_rows)):
-            share = -(-len(chunk) // accelerator.num_processes)  # rows of each process but the last ones
-            lines = gather_object(judged(guard, chunk[number * share : (number + 1) * share]))
+            with accelerator.split_between_processes(chunk) as mine:
+                lines = gather_object(judged(guard, mine))
             failed += sum("error" in line for line in lines)
             if accelerator.is_main_process:
                 with explain(f"cannot write {target}", OSError), open(target, "ab") as out:

@@ -94,7 +94,6 @@ def main():
     # The number of steps alone would yield to ACCELERATE_GRADIENT_ACCUMULATION_STEPS; the plugin does not.
     options = {"gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=steps)}
     accelerator = start_accelerator(log_with=args.report_to, project_dir=output, **options)
-    refuse(args.report_to and not accelerator.log_with, f"{args.report_to} is not installed")
     other = accelerator.mixed_precision == "fp8" or accelerator.state.dynamo_plugin.backend.value != "NO"
     refuse(other, "accelerate's fp8 and dynamo change the chat model; train without them")
 
@@ -139,8 +138,7 @@ def main():
                 optimizer.zero_grad()
             mean_loss += loss.detach() / steps
         mean_loss = accelerator.reduce(mean_loss, "mean").item()
-        diverged = not math.isfinite(mean_loss)
-        refuse(diverged, f"update {update + 1} has no finite loss: lower the learning rate")
+        refuse(not math.isfinite(mean_loss), "the loss is no longer finite; lower the learning rate")
         state["update"] = update + 1
         state["losses"].append({"update": update + 1, "epoch": epoch + 1, "loss": mean_loss})
         accelerator.log({"loss": mean_loss}, step=update + 1)
@@ -156,8 +154,7 @@ def main():
     accelerator.wait_for_everyone()  # a process that leaves first takes down the one that writes
     model, optimizer = accelerator.free_memory(model, optimizer)  # at interpreter exit, DDP can deadlock
     accelerator.end_training()
-    seconds = time.monotonic() - started
-    accelerator.print(summary(output, state, total - first, seconds, accelerator.device))
+    accelerator.print(summary(output, state, total - first, time.monotonic() - started, accelerator.device))
 
 
 class Split:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from checkpoint import adapter_header, put_adapter, refuse_other, save_adapter
 from data import SPLITS
@@ -51,7 +52,9 @@ def what_counts(config):
 def open_run(accelerator, output, guard, optimizer, config, saved):
     """A run's state. With a `saved` config its adapter and moments go into guard and optimizer."""
     state = {"update": 0, "losses": [], "metrics": [], "run": what_counts(config)}
-    if accelerator.log_with:
+    tracker = config["arguments"]["report_to"]
+    refuse(tracker and not accelerator.log_with, f"{tracker} is not installed")
+    if tracker:
         accelerator.init_trackers("lora-guard", {name: str(value) for name, value in config.items()})
     accelerator.wait_for_everyone()  # so no process's check_folder sees the files of this run
     if saved:
@@ -132,13 +135,10 @@ def measure(accelerator, guard, splits, batch_size):
 
 
 def score(accelerator, guard, texts, batch_size):
-    """The highest logits (N, 1 + K) of N texts, on the CPU. Each process computes a part; all get all."""
-    logits = torch.zeros(len(texts), 1 + len(guard.config.categories))
-    mine = range(accelerator.process_index, len(texts), accelerator.num_processes)
-    judged = guard.judge([texts[row] for row in mine], "measuring", batch_size)
-    for row, (_, z) in zip(mine, judged, strict=True):
-        logits[row] = z.amax(0)
-    return accelerator.reduce(logits.to(accelerator.device), "sum").cpu()
+    """The highest logits (N, 1 + K) of N texts. Each process computes a part, and all get all."""
+    with accelerator.split_between_processes(texts) as mine:
+        highest = [logits.amax(0).tolist() for _, logits in guard.judge(mine, "measuring", batch_size)]
+    return torch.tensor(gather_object(highest)).view(len(texts), -1)
 
 
 def best_epoch(state):

@@ -150,8 +150,8 @@ def test_an_end_at_any_write_changes_no_byte(model_folder, tmp_path, monkeypatch
     fsync = Mock()
     monkeypatch.setattr(os, "fsync", fsync)
     run(monkeypatch, model_folder, tmp_path / "whole", *arguments)
-    assert fsync.call_count == 16  # 2 writes at the start, 5 after each epoch, and 4 states
-    for number in range(16):
+    assert fsync.call_count == 18  # 2 writes at the start, 6 after each epoch, and 4 states
+    for number in range(18):
         output, calls = tmp_path / f"{number} writes", itertools.count()
         end = OSError(errno.ENOSPC, "No space left") if number % 3 else Death()
 
