@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
-from errors import explain, from_json, refuse
+from errors import explain, from_json, refuse, undisguised
 
 NAMES = ("prompt", "response", "messages", "category", "is_safe")  # the columns of a row that mean something
 LETTERS = {"system": "s", "user": "u", "assistant": "a"}
@@ -56,6 +56,12 @@ class Text(NamedTuple):
     ids: list[int]
     start: int  # where the judged part starts
     is_answer: bool
+    undisguised: "Text | None" = None  # what it says without disguises, if that differs; judged as well
+
+    def cuts(self, every, shift=0):
+        """Where it is judged: every so many tokens, all `shift` tokens earlier, and its end."""
+        end = len(self.ids)
+        return [*range(self.start + every - shift, end, every), end] if every else [end]
 
 
 def encode(tokenizer, messages) -> Text:
@@ -66,16 +72,18 @@ def encode(tokenizer, messages) -> Text:
     one form. Control tokens that are spelled out in a text ("<|im_end|>") stay plain text.
     Raises UserError if the template does not show the texts whole, or a text would become a control token.
     """
+    plain = [message | {"content": undisguised(message["content"])} for message in messages]
+    other = None if plain == messages else encode(tokenizer, plain)
     *earlier, last = messages
     if last["role"] == "user":
         ids = render(tokenizer, messages)
-        other = read(tokenizer, [*earlier, last | {"content": "."}], add_generation_prompt=True)
-        return Text(ids, common_beginning(ids, other), False)
+        dot = read(tokenizer, [*earlier, last | {"content": "."}], add_generation_prompt=True)
+        return Text(ids, common_beginning(ids, dot), False, other)
     ids = render(tokenizer, earlier)
     answer_ids = read(tokenizer, [last], chat_template="{{ messages[0]['content'] }}")
     control, _ = control_tokens(tokenizer, len(tokenizer))
     refuse(control.keys() & answer_ids, "a text of this conversation would become a control token")
-    return Text(ids + answer_ids, len(ids), True)
+    return Text(ids + answer_ids, len(ids), True, other)
 
 
 def common_beginning(ids, other_ids):
@@ -110,8 +118,7 @@ def read(tokenizer, messages, **options):
     is_spelled_out = any(literal.search(m["content"]) for m in messages)
     options |= {"sanitize_control_tokens": is_spelled_out, "return_dict": False}
     with explain("the chat template cannot write this conversation"), TOKENIZER_LOCK:
-        if is_spelled_out:
-            tokenizer.chat_control_tokens = list(control.values())
+        tokenizer.chat_control_tokens = list(control.values())
         return tokenizer.apply_chat_template(messages, **options)
 
 
@@ -198,8 +205,8 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
     eos_ids = generation_config.eos_token_id
     eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
     keep = {name: n for name, n in inputs.items() if name == "logits_to_keep"}  # if the model accepts it
-    ids, stopped = input_ids, False  # (1, T)
-    while True:
+    ids, done, stopped = input_ids, False, False  # ids (1, T)
+    while not done:
         new = ids[:, len(past.ids) :]  # (1, tokens that the cache does not hold yet)
         if "position_ids" in inputs:  # without them, a first layer without attention counts from 0
             keep["position_ids"] = torch.arange(len(past.ids), ids.shape[1], device=ids.device)[None]
@@ -216,8 +223,6 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
             token = scores.argmax(-1, keepdim=True)
         done = token.item() in eos_ids
         yield past.ids[input_ids.shape[1] :], done
-        if done:
-            return
         ids = torch.cat([ids, token], dim=1)
         stopped = bool(stopping_criteria(ids, scores).all())
 

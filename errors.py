@@ -60,6 +60,11 @@ def printable(text):
     return "".join(c for c in text if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
+def undisguised(text):
+    """The text in plain letters (Unicode's NFKC) and without characters that nobody sees (category Cf)."""
+    return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+
+
 def to_json(value):
     """JSON in one line, with null for NaN, which other languages cannot read, and dates as text."""
     return json.dumps(json.loads(json.dumps(value, default=str), parse_constant=lambda _: None))

@@ -4,7 +4,6 @@
     guard path   g_guard( f'(x) )    f' is f with the low-rank updates, g_guard one linear head
 
 There are two guard paths:
-
     full         f' reads the whole conversation again (LoRA-Guard, arXiv 2407.02987)
     activated    the chat path reads the conversation; f' reads only the guard prompt, one or a few
                  tokens after it that attend to the chat path's KV cache (arXiv 2504.12397)
@@ -14,7 +13,6 @@ places in a text where the guard judges what stands before.
 """
 
 import copy
-import sys
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import pairwise
@@ -185,11 +183,13 @@ class GuardedChat(nn.Module):
 
     def parts(self, text):
         """Yield (start, ids, cuts): the text, or overlapping parts of one that exceeds the context."""
-        cuts, size, judged = cuts_of(text, self.config.verdict_every), self.max_tokens, 0
+        cuts, size, judged = text.cuts(self.config.verdict_every), self.max_tokens, 0
         for start in range(0, max(len(text.ids) - size // 2, 1), size - size // 2):
             ids = text.ids[start : start + size]
             yield start, ids, [cut - start for cut in cuts if judged < cut <= start + len(ids)] or [len(ids)]
             judged = start + len(ids)
+        if text.undisguised:
+            yield from self.parts(text.undisguised)
 
     def classify(self, rows: list[dict]) -> list[Verdict]:
         """Verdicts on rows {"prompt", "response"} or {"messages"}. Raises ValueError for a bad one."""
@@ -206,8 +206,9 @@ class GuardedChat(nn.Module):
         flagged = not unsafe < threshold  # NaN is flagged, so a broken guard cannot let everything pass
         tokens = len(text.ids) - text.start if text.is_answer else 0
         highest = cuts[logits[:, 0].argmax().item()].item() - text.start
-        kinds = dict(zip(self.config.categories, others, strict=True))
-        return Verdict(tokens, unsafe, kinds, flagged, highest)
+        return Verdict(
+            tokens, unsafe, dict(zip(self.config.categories, others, strict=True)), flagged, highest
+        )
 
     @torch.no_grad()
     def stream(self, prompt: chat.Text, past=None, max_new_tokens=128, verdict_every=16, **options):
@@ -227,15 +228,16 @@ class GuardedChat(nn.Module):
         options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
         options |= {"max_new_tokens": max_new_tokens, "use_cache": True, "cache_implementation": None}
         options |= {"attention_mask": torch.ones_like(ids), "custom_generate": chat.decode, "past": past}
-        every = sys.maxsize if self.is_full else verdict_every or sys.maxsize
+        every = 0 if self.is_full else verdict_every
         # transformers prepares logits processors and criteria, and returns the generator that `decode` is.
         for answer, done in self.chat_model.generate(ids, **options):
-            if done or len(answer) % every == 0:
+            if done or not answer or (every and len(answer) % every == 0):
                 text = chat.Text(past.ids, len(prompt.ids), True) if answer else prompt
                 at_end = text.is_answer and not self.is_full  # it has been judged on its way
-                cuts = cuts_of(text, 0 if at_end else self.config.verdict_every)
-                hidden = self.states([text.ids], [cuts], past.cache)[0]  # (C, H)
-                yield answer, self.verdict(text, torch.tensor(cuts), self.guard_logits(hidden))
+                cuts = text.cuts(0 if at_end else self.config.verdict_every)
+                logits = self.guard_logits(self.states([text.ids], [cuts], past.cache)[0])  # (C, 1 + K)
+                found = self.judge([text])[0] if text.undisguised else (torch.tensor(cuts), logits)
+                yield answer, self.verdict(text, *found)
 
     def train(self, mode=True):
         """Training mode switches on LoRA's dropout only; the frozen model stays in evaluation mode."""
@@ -252,9 +254,3 @@ class GuardedChat(nn.Module):
     def tensor(self, ids):
         """A list of T token ids -> (1, T), where the model is."""
         return torch.tensor([ids], device=self.guard_prompt_ids.device)
-
-
-def cuts_of(text, every, shift=0):
-    """The cuts of a text: every so many tokens, all `shift` tokens earlier, and its end."""
-    end = len(text.ids)
-    return [*range(text.start + every - shift, end, every), end] if every else [end]

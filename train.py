@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import EMBEDDED, build_guard, fingerprint, load_chat_model, start_accelerator, use_fast_dtype
 from data import BEAVERTAILS, SPLITS, encode_row, labels, load_splits
 from errors import DTYPES, number, refuse, run
-from model import GuardConfig, cuts_of
+from model import GuardConfig
 from training_run import check_folder, measure, open_run, read_config, save_epoch, save_state, summary
 
 NOT_KEPT = ("output_dir", "resume", "save_steps", "categories", "threshold", "prompt_threshold", "date")
@@ -128,7 +128,7 @@ def main():
         for batch in rows.view(steps, accelerator.num_processes, -1)[:, accelerator.process_index]:  # (B,)
             with accelerator.accumulate(model):
                 texts = [train.texts[row] for row in batch]
-                cuts = [cuts_of(text, every, shifts[row]) for text, row in zip(texts, batch, strict=True)]
+                cuts = [text.cuts(every, shifts[row]) for text, row in zip(texts, batch, strict=True)]
                 logits = over_cuts(model([text.ids for text in texts], cuts), cuts)  # (B, 1 + K)
                 loss = guard_loss(logits, train.labels[batch].to(logits.device), pos_weight, unsafe_head)
                 accelerator.backward(loss)  # divides by the accumulation steps
@@ -209,7 +209,7 @@ def load(args, accelerator, saved):
 
 def digest(split, categories):
     """What tells the rows of two runs apart, wherever their files are."""
-    content = json.dumps([split.texts, split.labels.tolist(), categories])
+    content = json.dumps([[text[:3] for text in split.texts], split.labels.tolist(), categories])
     return f"{len(split.texts)}, sha256 {hashlib.sha256(content.encode()).hexdigest()}"
 
 

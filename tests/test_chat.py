@@ -62,7 +62,7 @@ def test_a_given_answer_reads_as_a_written_one(template):
     tokenizer = tokenizer_of(template)
     answer = tokenizer(" bread is safe", add_special_tokens=False).input_ids
     row = {"prompt": "hi", "response": " bread is safe"}
-    ids, start, _ = encode(tokenizer, [*user("hi"), {"role": "assistant", "content": row["response"]}])
+    ids, start, *_ = encode(tokenizer, [*user("hi"), {"role": "assistant", "content": row["response"]}])
     assert ids == ids_of(tokenizer, "hi") + answer and start == len(ids) - len(answer)
     guard, options = guard_that_says(tokenizer, answer)
     *_, (written, verdict) = guard.stream(asked(ids[:start]), **options)

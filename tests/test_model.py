@@ -7,14 +7,25 @@ from itertools import pairwise
 import conftest
 import pytest
 import torch
-from conftest import CONTEXT, PATHS, forward, guard_for, ids_of, make_guard, make_model, score, verdict_on
+from conftest import (
+    CONTEXT,
+    PATHS,
+    forward,
+    guard_for,
+    ids_of,
+    make_guard,
+    make_model,
+    score,
+    user,
+    verdict_on,
+)
 from transformers import DynamicCache
 
 import model
-from chat import Text
+from chat import Text, encode
 from errors import UserError
 from lora import LoRALinear
-from model import GuardConfig, GuardedChat, cuts_of
+from model import GuardConfig, GuardedChat
 
 KINDS = ["llama", "mistral", "gpt2"]
 TEXTS = ["how is the bread?", "hi", "the answer is harmful, and the user is safe " * 2, "or"]
@@ -152,6 +163,46 @@ def test_a_text_is_judged_on_the_way_and_the_highest_verdict_counts():
         )
 
 
+DISGUISED = {  # how a harmful text may hide: what the guard reads as well
+    "\uff28\uff4f\uff57\u3000is it?": "How is it?",
+    "H\u200bo\u00adw\u2060 is\ufeff it?": "How is it?",
+    "\U0001d407\U0001d428\U0001d430 is it?": "How is it?",  # bold letters for formulas
+    "\uff1c|im_end|\uff1e": "<|im_end|>",
+    "\u200b\u200b": "",
+}
+
+
+@pytest.mark.parametrize("text", DISGUISED, ids=ascii)
+@pytest.mark.parametrize("role", ["prompt", "response"])
+def test_a_disguised_text_is_judged_as_it_reads_too(role, text):
+    """Kills: a disguise that hides harm, in an earlier turn too; the lower verdict; a literal as a token."""
+    guard = make_guard(verdict_every=4)
+    before, behind = (text, "yes"), (DISGUISED[text], "yes")
+    messages, plain = (
+        [
+            {"role": name, "content": content}
+            for name, content in zip(("user", "assistant"), pair, strict=True)
+        ]
+        for pair in (before, behind)
+    )
+    end = 1 if role == "prompt" else 2
+    found = encode(guard.tokenizer, messages[:end])
+    assert found.undisguised == encode(guard.tokenizer, plain[:end])
+    highest = max(v.unsafe for v in guard.verdicts([found._replace(undisguised=None), found.undisguised]))
+    assert guard.verdicts([found])[0].unsafe == pytest.approx(highest, abs=1e-5)
+    if role == "prompt":
+        (_, verdict), *_ = guard.stream(found, max_new_tokens=2)
+        assert verdict.unsafe == pytest.approx(highest, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["How is it?", "\u4f60\u597d, na\u00efve \u0441\u0442\u043e\u043b \U0001f642"]
+)
+def test_a_plain_text_is_judged_once(text, tokenizer):
+    """Kills: other languages and emoji taken for disguises, every text judged twice."""
+    assert encode(tokenizer, user(text)).undisguised is None
+
+
 @pytest.mark.parametrize("every", [0, 7])
 @pytest.mark.parametrize("path", PATHS)
 def test_long_text_is_seen_whole_and_its_worst_window_counts(path, every, monkeypatch):
@@ -173,7 +224,7 @@ def test_long_text_is_seen_whole_and_its_worst_window_counts(path, every, monkey
     pairs = {pair for window in windows for pair in pairwise(window)}
     assert pairs == set(pairwise(text))
     [(cuts, logits)] = guard.judge([Text(text, 400, True)])
-    wanted = [cut for cut in cuts_of(Text(text, 400, True), every) if cut > 400]
+    wanted = [cut for cut in Text(text, 400, True).cuts(every) if cut > 400]
     assert cuts.tolist() == sorted(set(cuts.tolist())) and set(wanted) <= set(cuts.tolist())
     assert logits[:, 0].tolist() == [2 + cut for cut in cuts.tolist()]
     assert guard.verdicts([Text(text, 400, True)])[0].highest == 500

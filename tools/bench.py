@@ -26,7 +26,6 @@ from checkpoint import EMBEDDED, build_guard, load_chat_model, save_adapter, use
 from data import encode_row, labels, read_rows
 from errors import UserError, run
 from lora import LoRALinear, linear_size
-from model import cuts_of
 from train import guard_loss, over_cuts
 from training_run import processor
 
@@ -158,7 +157,7 @@ def operations(guard, batches, training):
     question = guard.guard_prompt_ids.shape[1]
     texts = [text for batch in batches for text in batch]
     lengths = [len(text.ids) for text in texts]
-    cuts = [cut for text in texts for cut in cuts_of(text, guard.config.verdict_every)]
+    cuts = [cut for text in texts for cut in text.cuts(guard.config.verdict_every)]
     read = sum(2 * frozen * length + 2 * attention * length**2 for length in lengths)  # causal: half
     judged = sum(2 * frozen + 4 * attention * (cut + question / 2) for cut in cuts) * question
     lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers) * 2 * question * len(cuts)
@@ -168,7 +167,7 @@ def operations(guard, batches, training):
 
 def logits_of(guard, texts):
     """Logits (B, 1 + K) of texts as train.py learns from them."""
-    cuts = [cuts_of(text, guard.config.verdict_every) for text in texts]
+    cuts = [text.cuts(guard.config.verdict_every) for text in texts]
     return over_cuts(guard([text.ids for text in texts], cuts), cuts)
 
 

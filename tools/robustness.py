@@ -1,4 +1,4 @@
-"""Measure whether harmless text around harm hides it, and whether long harmless texts are flagged.
+"""Measure whether disguises or harmless text hide harm, and whether long harmless texts are flagged.
 
     python tools/robustness.py [CONFIG.json] --dataset ROWS.jsonl ... --harmless ROWS.jsonl ...
 
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import guard_of, use_fast_dtype
 from data import read_rows
 from errors import guard_arguments, refuse, run
+from tools.guard_data import DISGUISES
 
 BEHIND = {
     "a friendly last sentence": " I hope this helps!",
@@ -61,6 +62,8 @@ def main():
     show(what="as they are", **{f"{name}s": len(rows) for name, rows in kinds.items()})
     texts = [row["response"] for row in rows_of(args.harmless) if row["is_safe"] and row.get("response")]
     refuse(not texts, "--harmless needs safe rows with a response")
+    for disguise in (*DISGUISES, one_letter_a_line):
+        show(what=disguise.__name__, **shares(guard, kinds, disguise))
     surround(guard, kinds, BEHIND | {"300 tokens of everyday text": "\n\n" + long_text(guard, texts, 300, 0)})
     hide(guard, kinds["prompt"], texts)
 
@@ -71,13 +74,20 @@ def rows_of(names):
 
 def surround(guard, kinds, behind):
     """Show how much stays flagged with each of the texts behind it, and each of BEFORE before it."""
-    for what, added in (behind | BEFORE).items():
-        shares = {}
-        for name, rows in kinds.items():
-            texts = [added + row[name] if what in BEFORE else row[name] + added for row in rows]
-            changed = [row | {name: text} for row, text in zip(rows, texts, strict=True)]
-            shares[f"{name}s"] = share(guard, changed)
-        show(what=what, **shares)
+    for what, added in behind.items():
+        show(what=what, **shares(guard, kinds, lambda text, added=added: text + added))
+    for what, added in BEFORE.items():
+        show(what=what, **shares(guard, kinds, lambda text, added=added: added + text))
+
+
+def shares(guard, kinds, change):
+    """How much of each kind of rows stays flagged with its judged text changed."""
+    changed = {name: [row | {name: change(row[name])} for row in rows] for name, rows in kinds.items()}
+    return {f"{name}s": share(guard, rows) for name, rows in changed.items()}
+
+
+def one_letter_a_line(text):
+    return "\n".join(text)
 
 
 def hide(guard, rows, texts):
