@@ -122,11 +122,13 @@ def guard_arguments(parser):
     return add
 
 
-def check_output(path, *suffixes):
+def check_output(path, *suffixes, inputs=()):
     """Raise UserError now if a file could not be written at the end. suffixes: how its name may end."""
     ends = " or ".join(suffixes)
     refuse(suffixes and path.suffix not in suffixes, f"the name of {path} must end in {ends}")
     refuse(path.exists() and not path.is_file(), f"{path} is there and is not a file")
+    overwrites = path.exists() and any(Path(name).exists() and path.samefile(name) for name in inputs)
+    refuse(overwrites, f"writing {path} would destroy its input; name another file")
     folder = path.resolve().parent
     writable = folder.is_dir() and os.access(folder, os.W_OK)
     refuse(not writable, f"cannot write {path}: no folder {folder} to write in")

@@ -34,9 +34,7 @@ def main():
     args = parser.parse_args()
     refuse(start_accelerator().num_processes > 1, "an evaluation runs in one process")
     if args.scores:
-        check_output(args.scores, ".jsonl")
-        overwrites = args.scores.resolve() in [Path(name).resolve() for name in args.dataset]
-        refuse(overwrites, f"writing {args.scores} would destroy the rows; name another file for --scores")
+        check_output(args.scores, ".jsonl", inputs=args.dataset)
     rows, sources = evaluation_rows(args.dataset)
     taken = {name for row in rows for name in row} & {"unsafe_probability", "flagged", "categories"}
     refuse(

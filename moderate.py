@@ -111,9 +111,10 @@ def chat_on_terminal(guard, options):
         turn, shown = [], ""
         try:
             prompt = input("> ")
+            if not prompt.strip():
+                continue
             user = {"role": "user", "content": prompt}
-            messages = [*history, user] if prompt.strip() else None
-            for text, verdict in moderate_turn(guard, messages, past, **options) if messages else ():
+            for text, verdict in moderate_turn(guard, [*history, user], past, **options):
                 turn.append((text, verdict))
                 if text and not verdict.flagged:
                     print(printable(text[len(shown) :]), end="", flush=True)
@@ -126,7 +127,7 @@ def chat_on_terminal(guard, options):
             print(f"[{one_line(error)}]")
         if not turn:
             continue
-        print("\n" * bool(shown) + outcome(record(prompt, turn)), end="\n\n")
+        print("\n" if shown else "", outcome(record(prompt, turn)), sep="", end="\n\n")
         text, verdict = turn[-1]
         if shown and not verdict.flagged:
             history += [user, {"role": "assistant", "content": shown}]
@@ -137,11 +138,11 @@ def chat_on_terminal(guard, options):
 
 def answer_prompts(guard, args, lines, options):
     """Answer the prompts of a pipe, one answer a line, or --prompt, or the built-in ones."""
-    first = next(lines, None)
-    prompts = [args.prompt] if args.prompt else EXAMPLES
+    piped = list(itertools.islice(lines, 1))  # the first prompt of a pipe, if there is one
+    prompts = itertools.chain(piped, lines) if piped else EXAMPLES
     given = args.response is not None
     unanswered = 0
-    for prompt in prompts if first is None else itertools.chain([first], lines):
+    for prompt in [args.prompt] if args.prompt else prompts:
         try:
             if given:
                 turn = judge_pair(guard, prompt, args.response)
@@ -149,7 +150,7 @@ def answer_prompts(guard, args, lines, options):
                 turn = moderate_turn(guard, conversation({"prompt": prompt}), **options)
             found = record(prompt, list(turn), given)
         except UserError as error:  # a line that cannot be judged is no reason to leave out the next ones
-            refuse(first is None, error)
+            refuse(not piped, error)
             print(f"[{one_line(error)}]", file=sys.stderr if args.json else sys.stdout, flush=True)
             unanswered += 1
             continue
@@ -157,10 +158,10 @@ def answer_prompts(guard, args, lines, options):
         shown = "" if found["stopped"] else printable(found["response"] or "")
         if args.json:
             print(to_json(found), flush=True)
-        elif first is None:
-            print(f"> {printable(prompt)}\n{shown}\n{outcome(found)}\n")
-        else:
+        elif piped:
             print(" ".join(shown.split()) or outcome(found), flush=True)
+        else:
+            print(f"> {printable(prompt)}\n{shown}\n{outcome(found)}\n")
     refuse(unanswered, f"{unanswered} prompts leave no room for an answer, or cannot be judged")
 
 
@@ -232,9 +233,7 @@ def main():
     args = parse_arguments()
     if args.input:
         check_input(args.input)
-        check_output(args.output, ".jsonl")
-        overwrites = args.output.exists() and args.output.samefile(args.input)
-        refuse(overwrites, f"writing {args.output} would destroy the input; name another --output")
+        check_output(args.output, ".jsonl", inputs=[args.input])
     accelerator = start_accelerator()
     alone = accelerator.num_processes == 1
     refuse(not (alone or args.input), "several processes can share the rows of --input only")

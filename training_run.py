@@ -122,14 +122,14 @@ def measure(accelerator, guard, splits, batch_size):
     guard.config.threshold, _ = points["answer"].get(default, (GuardConfig.threshold, None))
     guard.config.prompt_threshold, _ = points["prompt"].get(default, (NEVER, None))
     row = {"threshold": guard.config.threshold, "prompt_threshold": guard.config.prompt_threshold}
-    for name, target in targets.items():
-        flag_from = np.where(answered[name], guard.config.threshold, guard.config.prompt_threshold)
-        found = {name: metrics(target[:, 0], scores[name], scores[name] >= flag_from)}
+    for split, target in targets.items():
+        flag_from = np.where(answered[split], guard.config.threshold, guard.config.prompt_threshold)
+        found = {split: metrics(target[:, 0], scores[split], scores[split] >= flag_from)}
         for k, category in enumerate(guard.config.categories, 1):
             known = ~np.isnan(target[:, k])
-            z = logits[name][known, k]
+            z = logits[split][known, k]
             # Where a logit turns positive, the weighted loss is balanced between misses and false alarms.
-            found[f"{name}/{category}"] = metrics(target[known, k], z, z >= 0)
+            found[f"{split}/{category}"] = metrics(target[known, k], z, z >= 0)
         row |= {f"{part}/{metric}": value for part in found for metric, value in found[part].items()}
     return calibration, points, row
 

@@ -114,8 +114,8 @@ def test_scores_that_cannot_be_written_are_refused_first(result, tmp_path):
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     for name, message in (
-        ("rows.jsonl", "destroy the rows"),
-        ("link.jsonl", "destroy the rows"),
+        ("rows.jsonl", "destroy its input"),
+        ("link.jsonl", "destroy its input"),
         ("scores.csv", "must end in .jsonl"),
         ("folder.jsonl", "is not a file"),
         ("none/scores.jsonl", "no folder .*none"),

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import start_accelerator
 from checks import context_length
 from data import check_input
-from errors import UserError, check_output, explain, one_line, refuse, run
+from errors import UserError, check_output, explain, one_line, run
 from model import GuardConfig, GuardedChat
 from moderate import score_file
 
@@ -87,9 +87,7 @@ def main():
     parser.add_argument("--url", nargs="+", default=["http://localhost:8000"])
     args = parser.parse_args()
     check_input(args.input)
-    check_output(args.output, ".jsonl")
-    overwrites = args.output.exists() and args.output.samefile(args.input)
-    refuse(overwrites, f"writing {args.output} would destroy the input; name another output")
+    check_output(args.output, ".jsonl", inputs=[args.input])
     score_file(ServedGuard(args.guard, args.url), args.input, args.output, start_accelerator(), 1024)
 
 
