@@ -4,7 +4,6 @@ import json
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -12,6 +11,7 @@ import torch
 import transformers
 from conftest import KINDS, PATHS, make_guard, make_model, make_rows, score, write
 
+from checkpoint import start_accelerator
 from data import encode_row
 from errors import UserError
 from moderate import score_file
@@ -19,9 +19,6 @@ from tools import client
 from tools.export import CLASSIFIERS, export
 
 IDS = [5, 6, 7, 8, 9, 10]
-ALONE = SimpleNamespace(
-    num_processes=1, process_index=0, is_main_process=True, wait_for_everyone=list, end_training=list
-)
 
 
 def names(folder):
@@ -170,7 +167,7 @@ def test_the_client_writes_what_moderate_writes(unsafe_head, serve, tmp_path, mo
     write(source, ROWS)
     for judge, target in ((guard, wanted), (client.ServedGuard(folder, [url, "http://localhost:9"]), found)):
         with pytest.raises(UserError, match="1 rows cannot be judged"):
-            score_file(judge, source, target, ALONE)
+            score_file(judge, source, target, start_accelerator())
     theirs, ours = ([json.loads(line) for line in path.read_text().splitlines()] for path in (found, wanted))
     for their, our in zip(theirs, ours, strict=True):
         probabilities = [row.pop("unsafe_probability") for row in (their, our)]
@@ -183,7 +180,7 @@ def test_the_client_writes_what_moderate_writes(unsafe_head, serve, tmp_path, mo
     assert all(torch.equal(their_cuts, our_cuts) for (their_cuts, _), (our_cuts, _) in pairs)
     size = len(seen)
     with pytest.raises(UserError, match="1 rows cannot be judged"):  # a second run asks for nothing
-        score_file(client.ServedGuard(folder, [url]), source, found, ALONE)
+        score_file(client.ServedGuard(folder, [url]), source, found, start_accelerator())
     assert len(seen) == size
 
 
@@ -194,10 +191,9 @@ def test_a_server_that_refuses_or_is_dead_ends_the_run_in_one_line(serve, tmp_pa
     write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}])
     for status, requests in ((400, 1), (500, 3)):
         url, seen = serve(lambda number, ids, status=status: (status, "too long"))
+        guard, out = client.ServedGuard(folder, [url]), tmp_path / "out.jsonl"
         with pytest.raises(UserError, match=f"{url} gives no verdict"):
-            score_file(
-                client.ServedGuard(folder, [url]), tmp_path / "rows.jsonl", tmp_path / "out.jsonl", ALONE
-            )
+            score_file(guard, tmp_path / "rows.jsonl", out, start_accelerator())
         assert len(seen) == requests and not (tmp_path / "out.jsonl").exists()
 
 
