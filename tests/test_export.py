@@ -197,6 +197,17 @@ def test_a_server_that_refuses_or_is_dead_ends_the_run_in_one_line(serve, tmp_pa
         assert len(seen) == requests and not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize("outputs", [[[0.0]], [[0.0, 0.0, 0.0]], "text", None])
+def test_another_guard_behind_an_address_is_named(outputs, serve, tmp_path):
+    """Kills: a traceback, the verdicts of another guard."""
+    _, folder, _ = served(tmp_path)
+    url, _ = serve(lambda number, ids: (200, outputs))
+    write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}])
+    with pytest.raises(UserError, match=f"{url} (does not serve this|serves another) guard"):
+        guard = client.ServedGuard(folder, [url])
+        score_file(guard, tmp_path / "rows.jsonl", tmp_path / "out.jsonl", start_accelerator())
+
+
 def test_a_folder_that_is_no_served_guard_is_named(tmp_path):
     """Kills: a traceback for a chat model's folder, and for one without a config."""
     make_model().save_pretrained(tmp_path / "chat")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import start_accelerator
 from checks import context_length
 from data import check_input
-from errors import UserError, check_output, explain, one_line, run
+from errors import UserError, check_output, explain, one_line, refuse, run
 from model import GuardConfig, GuardedChat
 from moderate import score_file
 
@@ -56,25 +56,36 @@ class ServedGuard(GuardedChat):
         """Cuts (C,) and the logits there (C, 1 + K) of one text."""
         found = []
         for start, ids, cuts in self.parts(text):
-            logits = torch.tensor(self.logits(ids))[torch.tensor(cuts) - 1]  # of the logits at all tokens
+            logits = self.logits(ids)[torch.tensor(cuts) - 1]  # of the logits after each token
             found.append((torch.tensor(cuts) + start, logits))
         cuts, logits = map(torch.cat, zip(*found, strict=True))
         return cuts, logits if self.config.unsafe_head else torch.cat([logits.amax(1, True), logits], dim=1)
 
     def logits(self, ids):
-        """The outputs of the head after each of T tokens, (T, outputs), from a server that answers."""
-        body = json.dumps({"input": ids, "task": "token_classify", "use_activation": False}).encode()
-        for pause in PAUSES:
-            url = self.urls[next(self.turns) % len(self.urls)]
+        """The outputs of the head after each of T tokens, (T, outputs)."""
+        url, answer = self.ask_servers({"input": ids, "task": "token_classify", "use_activation": False})
+        with explain(f"{url} does not serve this guard"):
+            logits = torch.tensor(json.loads(answer)["data"][0]["data"])
+            outputs = self.config.unsafe_head + len(self.config.categories)
+            refuse(logits.shape != (len(ids), outputs), f"{url} serves another guard")
+        return logits
+
+    def ask_servers(self, request):
+        """(url, answer) of the first server that answers. Raises UserError if all tries fail."""
+        turn = next(self.turns)
+        for number, pause in enumerate(PAUSES):
+            url = self.urls[(turn + number) % len(self.urls)]  # the next try asks the next server
+            headers = {"Content-Type": "application/json"}
+            post = urllib.request.Request(f"{url}/pooling", json.dumps(request).encode(), headers)
             try:
-                request = urllib.request.Request(f"{url}/pooling", body, {"Content-Type": "application/json"})
-                with urllib.request.urlopen(request, timeout=600) as answer:
-                    return json.load(answer)["data"][0]["data"]
+                with urllib.request.urlopen(post, timeout=600) as answer:
+                    return url, answer.read()
+            except urllib.error.HTTPError as error:
+                reason = error.read().decode(errors="replace")
+                if error.code in (400, 404, 422):  # another try would end like this one
+                    break
             except (OSError, http.client.HTTPException) as error:
                 reason = error
-                if isinstance(error, urllib.error.HTTPError) and error.code < 500:  # no use to try again
-                    reason = error.read().decode(errors="replace")
-                    break
             time.sleep(pause)
         raise UserError(f"{url} gives no verdict ({one_line(reason)})")
 
