@@ -1,0 +1,66 @@
+"""Thresholds on other rows. Each test names the mutations that it kills."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import make_guard, write
+
+import checkpoint
+from errors import UserError
+from tools import thresholds
+
+
+@pytest.fixture
+def choose(model_folder, tmp_path, monkeypatch):
+    """Run the tool on rows, with a guard that judges a text by its length. Returns the new config's path."""
+    guard, path = make_guard(), tmp_path / "config.json"
+    path.write_text(json.dumps({"base_model": "x", "guard": {"threshold": 0.5, "categories": ["a"]}}))
+
+    def judge(texts, *_):
+        logits = [torch.tensor([[len(text.ids) / 10 - 10.0, 0, 0]]) for text in texts]
+        return [(torch.tensor([len(text.ids)]), z) for text, z in zip(texts, logits, strict=True)]
+
+    guard.judge = judge
+    monkeypatch.setattr(thresholds, "load_guard", lambda *_, **__: guard)
+
+    def run(rows, *options):
+        source = write(tmp_path / "rows.jsonl", rows)
+        arguments = [str(path), str(tmp_path / "new.json"), "--dataset", source, *options]
+        monkeypatch.setattr(sys, "argv", ["thresholds.py", *arguments])
+        thresholds.main()
+        return guard, json.loads((tmp_path / "new.json").read_text())
+
+    return run
+
+
+def rows_of(kind, count):
+    """Safe rows, and a harmful one that is longer than all but one of them."""
+    rows = [{kind: "x" * n, "is_safe": True} for n in range(1, count + 1)]
+    rows.append({kind: "x" * count, "is_safe": False})
+    return [row if kind == "prompt" else {"prompt": "hi"} | row for row in rows]
+
+
+def test_thresholds_are_those_of_the_given_rows(choose):
+    """Kills: the old thresholds, answers and prompts mixed up, the other settings lost, cuts not kept."""
+    guard, config = choose(rows_of("prompt", 40) + rows_of("response", 60), "--verdict-every=16")
+    assert config["base_model"] == "x" and config["guard"]["categories"] == ["a"]
+    assert config["guard"]["verdict_every"] == guard.config.verdict_every == 16
+    for kind, name, count in (("prompt", "prompt_threshold", 40), ("response", "threshold", 60)):
+        verdicts = guard.classify(rows_of(kind, count))
+        flagged = [verdict.unsafe >= config["guard"][name] for verdict in verdicts]
+        assert flagged == [False] * (count - 1) + [True] * 2
+    assert config["operating_points"]["answer"]["0.05"] == [config["guard"]["threshold"], 1.0]
+
+
+def test_too_few_rows_are_refused(choose, tmp_path):
+    """Kills: a threshold of a few rows, a config that is written without one."""
+    with pytest.raises(UserError, match="too few safe rows"):
+        choose(rows_of("prompt", 10) + rows_of("response", 60))
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_the_new_config_fits_the_old_adapter(tmp_path):
+    """Kills: a setting in the adapter's header that the tool changes."""
+    assert {"threshold", "prompt_threshold", "verdict_every"} <= set(checkpoint.CHOSEN_LATER)
