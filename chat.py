@@ -56,7 +56,7 @@ class Text(NamedTuple):
     ids: list[int]
     start: int  # where the judged part starts
     is_answer: bool
-    undisguised: "Text | None" = None  # what it says without disguises, if that differs; judged as well
+    undisguised: tuple = ()  # one Text: the same conversation in plain letters, if that differs
 
     def cuts(self, every, shift=0):
         """Where it is judged: every so many tokens, all `shift` tokens earlier, and its end."""
@@ -73,7 +73,7 @@ def encode(tokenizer, messages) -> Text:
     Raises UserError if the template does not show the texts whole, or a text would become a control token.
     """
     plain = [message | {"content": undisguised(message["content"])} for message in messages]
-    other = None if plain == messages else encode(tokenizer, plain)
+    other = () if plain == messages else (encode(tokenizer, plain),)
     *earlier, last = messages
     if last["role"] == "user":
         ids = render(tokenizer, messages)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import unicodedata
 from collections import Counter
@@ -61,8 +62,10 @@ def printable(text):
 
 
 def undisguised(text):
-    """The text in plain letters (Unicode's NFKC) and without characters that nobody sees (category Cf)."""
-    return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    """The text in Unicode's form NFKC without format characters (Cf), if that changes its ASCII words."""
+    plain = unicodedata.normalize("NFKC", "".join(c for c in text if unicodedata.category(c) != "Cf"))
+    words, plain_words = (re.findall("[A-Za-z]+", form) for form in (text, plain))
+    return text if words == plain_words else plain
 
 
 def to_json(value):

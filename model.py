@@ -16,6 +16,7 @@ import copy
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import pairwise
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from lora import LoRALinear, inject_lora, reached_layers
 
 NEVER = 2.0  # a threshold that no probability reaches
 BATCH_TOKENS = 2**14  # of a batch to judge, so that long texts fit in memory
+HARM = attrgetter("flagged", "unsafe")  # orders verdicts; a NaN is flagged
 CUTS = 256  # that one pass asks at, so that their mask fits in memory
 
 
@@ -188,16 +190,16 @@ class GuardedChat(nn.Module):
             ids = text.ids[start : start + size]
             yield start, ids, [cut - start for cut in cuts if judged < cut <= start + len(ids)] or [len(ids)]
             judged = start + len(ids)
-        if text.undisguised:
-            yield from self.parts(text.undisguised)
 
     def classify(self, rows: list[dict]) -> list[Verdict]:
         """Verdicts on rows {"prompt", "response"} or {"messages"}. Raises ValueError for a bad one."""
         return self.verdicts([chat.encode(self.tokenizer, chat.conversation(row)) for row in rows])
 
     def verdicts(self, texts: list[chat.Text], progress=None) -> list[Verdict]:
-        """Verdicts on what chat.encode made of some conversations."""
-        return [self.verdict(t, *part) for t, part in zip(texts, self.judge(texts, progress), strict=True)]
+        """Verdicts on what chat.encode made of some conversations: the higher one, if there are two forms."""
+        forms = [form for text in texts for form in (text, *text.undisguised)]
+        found = map(self.verdict, forms, *zip(*self.judge(forms, progress), strict=True))
+        return [max((next(found) for _ in (text, *text.undisguised)), key=HARM) for text in texts]
 
     def verdict(self, text: chat.Text, cuts, logits) -> Verdict:
         """The Verdict on a text: the highest of its logits (C, 1 + K) at cuts (C,)."""
@@ -236,8 +238,8 @@ class GuardedChat(nn.Module):
                 at_end = text.is_answer and not self.is_full  # it has been judged on its way
                 cuts = text.cuts(0 if at_end else self.config.verdict_every)
                 logits = self.guard_logits(self.states([text.ids], [cuts], past.cache)[0])  # (C, 1 + K)
-                found = self.judge([text])[0] if text.undisguised else (torch.tensor(cuts), logits)
-                yield answer, self.verdict(text, *found)
+                verdicts = [] if answer else self.verdicts(list(prompt.undisguised))
+                yield answer, max([self.verdict(text, torch.tensor(cuts), logits), *verdicts], key=HARM)
 
     def train(self, mode=True):
         """Training mode switches on LoRA's dropout only; the frozen model stays in evaluation mode."""

@@ -94,6 +94,7 @@ def main():
     # The number of steps alone would yield to ACCELERATE_GRADIENT_ACCUMULATION_STEPS; the plugin does not.
     options = {"gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=steps)}
     accelerator = start_accelerator(log_with=args.report_to, project_dir=output, **options)
+    refuse(args.report_to and not accelerator.log_with, f"{args.report_to} is not installed")
     other = accelerator.mixed_precision == "fp8" or accelerator.state.dynamo_plugin.backend.value != "NO"
     refuse(other, "accelerate's fp8 and dynamo change the chat model; train without them")
 

@@ -52,9 +52,7 @@ def what_counts(config):
 def open_run(accelerator, output, guard, optimizer, config, saved):
     """A run's state. With a `saved` config its adapter and moments go into guard and optimizer."""
     state = {"update": 0, "losses": [], "metrics": [], "run": what_counts(config)}
-    tracker = config["arguments"]["report_to"]
-    refuse(tracker and not accelerator.log_with, f"{tracker} is not installed")
-    if tracker:
+    if accelerator.log_with:
         accelerator.init_trackers("lora-guard", {name: str(value) for name, value in config.items()})
     accelerator.wait_for_everyone()  # so no process's check_folder sees the files of this run
     if saved:
@@ -137,8 +135,11 @@ def measure(accelerator, guard, splits, batch_size):
 def score(accelerator, guard, texts, batch_size):
     """The highest logits (N, 1 + K) of N texts. Each process computes a part, and all get all."""
     with accelerator.split_between_processes(texts) as mine:
-        highest = [logits.amax(0).tolist() for _, logits in guard.judge(mine, "measuring", batch_size)]
-    return torch.tensor(gather_object(highest)).view(len(texts), -1)
+        forms = [form for text in mine for form in (text, *text.undisguised)]
+        judged = iter(guard.judge(forms, "measuring", batch_size))
+        both = [[next(judged)[1] for _ in (text, *text.undisguised)] for text in mine]
+        logits = gather_object([torch.cat(found).amax(0).tolist() for found in both])
+    return torch.tensor(logits).view(len(texts), 1 + len(guard.config.categories))
 
 
 def best_epoch(state):
@@ -147,12 +148,11 @@ def best_epoch(state):
 
 
 def summary(output, state, updates, seconds, device):
-    """What a run says at its end. seconds: how long so many updates took with all that was measured."""
+    """What a run says at its end. seconds: time for these updates and the measurements between them."""
     best, too_few = best_epoch(state), "validation has too few safe or unsafe rows"
     validation, test = best["validation/auprc"], best["test/auprc"]
     lines = [f"epoch {best['epoch']} is the best: validation AUPRC {validation:.3f}, test AUPRC {test:.3f}"]
-    where = f"{torch.get_num_threads()} threads of {processor(device)}"
-    lines.append(f"{updates} updates took {seconds / 60:.1f} minutes on {where}")
+    lines.append(f"{updates} updates took {seconds / 60:.1f} minutes on {processor(device)}")
     lines.append(f"the guard is {output / 'adapter.safetensors'}")
     if best["threshold"] == GuardConfig.threshold:
         lines.append(f"it flags answers from {GuardConfig.threshold}: {too_few} with a response")
@@ -162,7 +162,7 @@ def summary(output, state, updates, seconds, device):
 
 
 def processor(device):
-    """The name of what computes."""
+    """The name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")  # of Linux; elsewhere `platform` knows more

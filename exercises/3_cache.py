@@ -1,6 +1,6 @@
 """Exercise 3: a verdict from the chat's key/value cache, without disturbing the chat.
 
-The chat path has read T tokens with the gate shut, and its cache holds what later tokens need of them. The
+The chat path has read T tokens with the gate shut, and its cache holds what later tokens read. The
 guard reads only the M tokens of the guard prompt behind them, with the gate open. Afterwards the chat goes
 on from its own cache, so that must be as it was: same length, same tensors.
 

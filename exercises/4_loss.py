@@ -1,7 +1,7 @@
 """Exercise 4: the guard's loss, with unknown labels and with weights.
 
     loss = 1/2 BCE(z_0, u; w_0) + 1/(2K) sum_k BCE(z_k, y_k; w_k)      w = negatives / positives
-    loss = 1/K sum_k BCE(z_k, y_k; w_k)                                without the unsafe head, and z_0
+    loss = 1/K sum_k BCE(z_k, y_k; w_k)                                without the unsafe head; z_0 is unused
 
 z_0 is the logit of unsafe, z_1..K are those of the categories. Each BCE is a mean over the B rows, and its
 positive rows count w times, so that rare harm is not drowned out. A label that is NaN is unknown. Its BCE is

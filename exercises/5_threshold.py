@@ -6,7 +6,7 @@ alarms: "flag at most 5 in 100 harmless rows". So find the threshold on labelled
 - At most `rate` of the harmless rows (label 0) are flagged.
 - Among such thresholds, it flags the largest share of the harmful rows (label 1). That share is the recall.
 - Among those of equal recall, it flags the fewest harmless rows.
-- If every score as threshold flags too many, return a threshold above 1, and recall 0.
+- If even the highest score as threshold flags too many, return a threshold above 1, and recall 0.
 
 Rows with equal scores are flagged together or not at all.
 

@@ -225,7 +225,7 @@ def test_running_verdicts_are_on_rows_with_an_answer(result):
     """Kills: rows without an answer among them, a step that is not read."""
     rows = [{"prompt": "hi", "response": text, "is_safe": text == "or"} for text in ("the answer", "or", "")]
     lengths = [
-        len(ids) - start for ids, start, _ in (encode_row(result.guard.tokenizer, row) for row in rows)
+        len(ids) - start for ids, start, *_ in (encode_row(result.guard.tokenizer, row) for row in rows)
     ]
     for step, median in ((1, 1), (16, np.median(lengths[:2]))):
         found = result(rows, "--json", f"--running={step}")["running"]

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -47,7 +48,7 @@ def test_peft_opens_an_exported_guard(path, tmp_path):
 @pytest.mark.parametrize("unsafe_head", [True, False])
 @pytest.mark.parametrize("kind", [k for k in KINDS if type(make_model(k)).__name__ in CLASSIFIERS])
 def test_a_classifier_has_the_outputs_of_its_guard(kind, unsafe_head, tmp_path):
-    """Kills: no update, no scale, a head without bias or in 16 bits, names of another class, a shard lost."""
+    """Kills: no update, no scale, a head without bias or in 16 bits, names of another class."""
     settings = {"guard_path": "full", "guard_prompt": "", "unsafe_head": unsafe_head, "lora_alpha": 12.0}
     guard = make_guard(kind, **settings)
     cuts = list(range(1, len(IDS) + 1))
@@ -113,19 +114,26 @@ def serve():
     """Start a server with vLLM's protocol. answer(number, ids) -> a status and the outputs at each token."""
     servers = []
 
-    def start(answer):
+    def start(answer, room=10**6):
         seen = []
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                assert self.path == "/v1/models"
+                self.reply(200, [{"max_model_len": room}])
+
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 assert self.path == "/pooling" and request["task"] == "token_classify"
                 assert request["use_activation"] is False
                 seen.append(request["input"])
                 status, outputs = answer(len(seen), request["input"])
+                self.reply(status, [{"data": outputs}])
+
+            def reply(self, status, data):
                 self.send_response(status)
                 self.end_headers()
-                self.wfile.write(json.dumps({"data": [{"data": outputs}]}).encode())
+                self.wfile.write(json.dumps({"data": data}).encode())
 
             def log_message(self, *_):
                 pass
@@ -157,12 +165,14 @@ def served(tmp_path, **settings):
 ROWS = [*make_rows(5), {"prompt": "bread? " * 300, "id": 7}, {"prompt": 3}, {"prompt": "Hi"}]
 
 
+@pytest.mark.parametrize("room", [10**6, 100])
 @pytest.mark.parametrize("unsafe_head", [True, False])
-def test_the_client_writes_what_moderate_writes(unsafe_head, serve, tmp_path, monkeypatch):
+def test_the_client_writes_what_moderate_writes(unsafe_head, room, serve, tmp_path, monkeypatch):
     """Kills: the last token alone, parts of a long text left out, another order, no retry."""
     monkeypatch.setattr(client, "PAUSES", (0,) * 5)
     guard, folder, answer = served(tmp_path, unsafe_head=unsafe_head)
-    url, seen = serve(lambda number, ids: (503, []) if number == 1 else answer(number, ids))
+    guard.max_tokens = min(guard.max_tokens, room)
+    url, seen = serve(lambda number, ids: (503, []) if number == 1 else answer(number, ids), room)
     source, wanted, found = (tmp_path / name for name in ("rows.jsonl", "wanted.jsonl", "found.jsonl"))
     write(source, ROWS)
     for judge, target in ((guard, wanted), (client.ServedGuard(folder, [url, "http://localhost:9"]), found)):
@@ -206,6 +216,29 @@ def test_another_guard_behind_an_address_is_named(outputs, serve, tmp_path):
     with pytest.raises(UserError, match=f"{url} (does not serve this|serves another) guard"):
         guard = client.ServedGuard(folder, [url])
         score_file(guard, tmp_path / "rows.jsonl", tmp_path / "out.jsonl", start_accelerator())
+
+
+def test_half_a_file_is_gone_on_with(serve, tmp_path):
+    """Kills: rows that are judged twice, or left out, when a killed run starts again."""
+    _, folder, answer = served(tmp_path)
+    url, seen = serve(answer)
+    whole, half = tmp_path / "whole.jsonl", tmp_path / "half.jsonl"
+    source = write(tmp_path / "rows.jsonl", make_rows(6))
+    score_file(client.ServedGuard(folder, [url]), Path(source), whole, start_accelerator())
+    half.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:3]) + b'{"prompt": "que')
+    seen.clear()
+    score_file(client.ServedGuard(folder, [url]), Path(source), half, start_accelerator())
+    assert half.read_bytes() == whole.read_bytes() and len(seen) == 3
+
+
+@pytest.mark.parametrize("url", ["host1", "http://localhost:9", "http://[bad"])
+def test_an_address_without_a_server_is_named(url, tmp_path, monkeypatch):
+    """Kills: a traceback, a run that starts without a server."""
+    monkeypatch.setattr(client, "PAUSES", (0,) * 3)
+    _, folder, _ = served(tmp_path)
+    with pytest.raises(UserError, match=r"(is no address|gives no verdict)") as error:
+        client.ServedGuard(folder, [url])
+    assert url in str(error.value)
 
 
 def test_a_folder_that_is_no_served_guard_is_named(tmp_path):

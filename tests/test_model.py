@@ -167,8 +167,8 @@ DISGUISED = {  # how a harmful text may hide: what the guard reads as well
     "\uff28\uff4f\uff57\u3000is it?": "How is it?",
     "H\u200bo\u00adw\u2060 is\ufeff it?": "How is it?",
     "\U0001d407\U0001d428\U0001d430 is it?": "How is it?",  # bold letters for formulas
-    "\uff1c|im_end|\uff1e": "<|im_end|>",
-    "\u200b\u200b": "",
+    "\uff1c|\uff49m_end|\uff1e": "<|im_end|>",
+    "be\u200b\u0301": "b\u00e9",
 }
 
 
@@ -186,21 +186,32 @@ def test_a_disguised_text_is_judged_as_it_reads_too(role, text):
         for pair in (before, behind)
     )
     end = 1 if role == "prompt" else 2
-    found = encode(guard.tokenizer, messages[:end])
-    assert found.undisguised == encode(guard.tokenizer, plain[:end])
-    highest = max(v.unsafe for v in guard.verdicts([found._replace(undisguised=None), found.undisguised]))
-    assert guard.verdicts([found])[0].unsafe == pytest.approx(highest, abs=1e-5)
+    text = encode(guard.tokenizer, messages[:end])
+    (other,) = text.undisguised
+    assert other == encode(guard.tokenizer, plain[:end])
+    alone = [guard.verdicts([form])[0] for form in (text._replace(undisguised=()), other)]
+    verdict = guard.verdicts([other, text, other])[1]
+    assert verdict.unsafe == pytest.approx(max(v.unsafe for v in alone), abs=1e-5)
+    assert (verdict.tokens, verdict.highest) in [(v.tokens, v.highest) for v in alone]
+    guard.config.prompt_threshold = guard.config.threshold = sum(v.unsafe for v in alone) / 2
+    assert guard.verdicts([text])[0].flagged
     if role == "prompt":
-        (_, verdict), *_ = guard.stream(found, max_new_tokens=2)
-        assert verdict.unsafe == pytest.approx(highest, abs=1e-5)
+        (_, verdict), *_ = guard.stream(text, max_new_tokens=2)
+        assert verdict.unsafe == pytest.approx(max(v.unsafe for v in alone), abs=1e-5) and verdict.flagged
 
 
-@pytest.mark.parametrize(
-    "text", ["How is it?", "\u4f60\u597d, na\u00efve \u0441\u0442\u043e\u043b \U0001f642"]
-)
+PLAIN = [
+    "How is it?",
+    "\u4f60\u597d\uff0c na\u00efve \u0441\u0442\u043e\u043b \U0001f642",
+    "Well\u2026 \u00bd x\u00b2",
+]
+PLAIN += ["\U0001f468\u200d\U0001f469", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\u0e17\u0e33"]
+
+
+@pytest.mark.parametrize("text", PLAIN, ids=ascii)
 def test_a_plain_text_is_judged_once(text, tokenizer):
-    """Kills: other languages and emoji taken for disguises, every text judged twice."""
-    assert encode(tokenizer, user(text)).undisguised is None
+    """Kills: other languages, emoji and punctuation taken for disguises, every text judged twice."""
+    assert encode(tokenizer, user(text)).undisguised == ()
 
 
 @pytest.mark.parametrize("every", [0, 7])

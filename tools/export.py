@@ -21,8 +21,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from checkpoint import load_guard
-from errors import explain, refuse, run
+from checkpoint import load_guard, use_fast_dtype
+from errors import DTYPES, explain, refuse, run
 from lora import LoRALinear
 from training_run import write_json
 
@@ -39,7 +39,7 @@ CLASSIFIERS = {  # chat models that vLLM serves as classifiers: the name of that
 README = {
     "vllm": """tools/client.py of LoRA-Guard says how to serve this guard with vLLM, and asks it for verdicts.
 
-The weights have names that transformers does not find. Its classifiers have no bias in their head, so their
+transformers does not find the weight files. Its classifiers have no bias in their head, so their
 probabilities would be wrong.
 """,
     "peft": """This is the LoRA part of a guard, for PeftModel.from_pretrained.
@@ -55,11 +55,14 @@ def main():
     parser.add_argument("config", type=Path)
     parser.add_argument("out", type=Path, help="folder that is not there yet")
     parser.add_argument("--to", choices=("vllm", "peft"), required=True)
+    parser.add_argument("--dtype", choices=DTYPES, help="of vllm's weights; default: as the chat model's")
     parser.add_argument("--adapter", type=Path, help="default: adapter.safetensors beside the config")
     parser.add_argument("--base-model", help="where the chat model is, if it is not where the config says")
     args = parser.parse_args()
     refuse(args.out.exists(), f"{args.out} exists; name a new folder")
     guard = load_guard(args.config, args.adapter, -1, base_model=args.base_model)
+    if args.dtype:
+        use_fast_dtype(guard, args.dtype)  # before the update is added, which 16 bits would round
     export(guard, args.out, args.to)
 
 
@@ -86,7 +89,7 @@ def write_classifier(guard, folder):
     merge(model)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("model.")}
     tensors |= {f"score.{name}": tensor for name, tensor in guard.head.state_dict().items()}
-    # transformers would drop score.bias with a warning. These names of files it does not find.
+    # transformers would drop score.bias with a warning. It does not look for files with these names.
     shards = split_torch_state_dict_into_shards(tensors, filename_pattern="guard{suffix}.safetensors")
     for file, names in shards.filename_to_tensors.items():
         shard = {name: tensors[name].contiguous() for name in names}
@@ -94,6 +97,7 @@ def write_classifier(guard, folder):
     outputs = ["unsafe", *guard.config.categories] if guard.config.unsafe_head else guard.config.categories
     config = model.config.to_dict() | {
         "architectures": [CLASSIFIERS[kind]],
+        "dtype": str(model.dtype).removeprefix("torch."),
         "id2label": dict(enumerate(outputs)),
         "label2id": {name: n for n, name in enumerate(outputs)},
         "problem_type": "multi_label_classification",

@@ -216,7 +216,7 @@ def is_rather_short(row):
 
 
 def put_between(row, before, behind):
-    """The row with text around what is judged. Its label does not decide which."""
+    """The row with text around what is judged. The label plays no part."""
     name = "response" if row.get("response") else "prompt"
     return row | {name: before + row[name] + behind, "around": [before, behind]}
 

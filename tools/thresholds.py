@@ -1,8 +1,9 @@
-"""Choose a guard's thresholds anew: on rows of your own traffic, or for other places of verdicts.
+"""Choose a guard's thresholds anew: on rows of your own traffic, or for another --verdict-every.
 
     python tools/thresholds.py CONFIG.json OUT.json --dataset ROWS.jsonl ... [--verdict-every N]
 
-OUT.json is the config with the thresholds of these rows. It fits the same adapter; put it beside that.
+OUT.json is the config with the thresholds of these rows. It fits the same adapter: keep both in one folder.
+A kind of text that these rows have too few safe ones of keeps its threshold.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main():
     parser.add_argument("--verdict-every", type=number(int, -1), metavar="N", help=every)
     parser.add_argument("--base-model", help="where the chat model is, if it is not where the config says")
     args = parser.parse_args()
-    check_output(args.out, ".json")
+    check_output(args.out, ".json", inputs=[args.config])
     rows = [row for _, _, rows in read_rows(args.dataset) for row in rows]
     guard = load_guard(args.config, base_model=args.base_model)
     if args.verdict_every is not None:
@@ -38,24 +39,28 @@ def main():
     print(use_fast_dtype(guard), file=sys.stderr)
     points = points_of(guard, rows)
     config = json.loads(args.config.read_text())
-    config["guard"] |= {"verdict_every": guard.config.verdict_every} | thresholds(points)
+    chosen = thresholds(points)
+    config["guard"] |= {"verdict_every": guard.config.verdict_every} | chosen
     write_json(args.out, config | {"operating_points": points})
-    print(json.dumps(thresholds(points)))
+    print(json.dumps(chosen))
 
 
 def points_of(guard, rows):
     """operating_points() of labelled rows."""
     texts = [encode_row(guard.tokenizer, row) for row in rows]
+    answered = np.array([text.is_answer for text in texts])
     unsafe = np.array([not row["is_safe"] for row in rows])
     scores = np.nan_to_num([verdict.unsafe for verdict in guard.verdicts(texts, "judging")], nan=1.0)
-    return operating_points(unsafe, scores, np.array([text.is_answer for text in texts]))
+    points = operating_points(unsafe, scores, answered)
+    return points if answered.any() else points | {"answer": {}}  # else prompts would choose it
 
 
 def thresholds(points):
-    """Those of the default rate. Raises UserError if the rows are too few for it."""
-    rate = str(DEFAULT_RATE)
-    refuse(not all(rate in points[kind] for kind in points), f"too few safe rows for a rate of {rate}")
-    return {"threshold": points["answer"][rate][0], "prompt_threshold": points["prompt"][rate][0]}
+    """{name in the config: threshold} of the default rate. Raises UserError if the rows give none."""
+    names, rate = {"answer": "threshold", "prompt": "prompt_threshold"}, str(DEFAULT_RATE)
+    chosen = {names[kind]: found[rate][0] for kind, found in points.items() if rate in found}
+    refuse(not chosen, f"too few safe rows for a false positive rate of {rate}")
+    return chosen
 
 
 if __name__ == "__main__":
