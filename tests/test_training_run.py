@@ -14,14 +14,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, write
+from conftest import make_guard, make_model, make_tokenizer, write
 from test_train import FAST, MEASURES, close, learnable, read_config, run, table, tensors, write_learnable
 
 import checkpoint
 import model
 import train
 import training_run
-from checkpoint import load_guard
+from checkpoint import load_guard, start_accelerator
 from data import SPLITS, labels, load_splits
 from errors import UserError
 from metrics import metrics, unsafe_score
@@ -62,6 +62,11 @@ def die_at(monkeypatch, moment, *arguments):
 
 
 # ---------------------------------------------------------------- what is saved
+
+
+def test_a_split_without_rows_has_no_scores():
+    """Kills: a run that ends after its first epoch because no row fell into the test split."""
+    assert training_run.score(start_accelerator(), make_guard(), [], 8).shape == (0, 3)
 
 
 def test_the_curves_show_the_losses_and_every_split(tmp_path, monkeypatch):
