@@ -39,8 +39,9 @@ def test_shares_are_of_what_is_flagged_as_it_is(monkeypatch, capsys, tmp_path):
         assert found.pop(f"harm at the {place} of 100 tokens") == {"texts": 3, "prompts": 1}
     hidden = ("leet", "spaced", "capitals", "look_alike", "zero_width", "soft_hyphens", "full_width")
     for name in (*hidden, "one_letter_a_line"):
-        assert found.pop(name) == {"responses": 0, "prompts": 0}
-    assert len(found) == 15 and all(row == {"responses": 1, "prompts": 1} for row in found.values())
+        assert found.pop(name) == {"prompts": 0}
+    assert found.pop("unpunctuated") == {"prompts": 1}
+    assert len(found) == 14 and all(row == {"responses": 1, "prompts": 1} for row in found.values())
     prompts = {row["prompt"] for row in seen}
     question = rows[0]["prompt"]
     assert {

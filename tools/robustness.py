@@ -62,8 +62,8 @@ def main():
     show(what="as they are", **{f"{name}s": len(rows) for name, rows in kinds.items()})
     texts = [row["response"] for row in rows_of(args.harmless) if row["is_safe"] and row.get("response")]
     refuse(not texts, "--harmless needs safe rows with a response")
-    for disguise in (*DISGUISES, one_letter_a_line):
-        show(what=disguise.__name__, **shares(guard, kinds, disguise))
+    for disguise in (*DISGUISES, one_letter_a_line):  # of prompts alone, because these texts get many tokens
+        show(what=disguise.__name__, **shares(guard, {"prompt": kinds["prompt"]}, disguise))
     surround(guard, kinds, BEHIND | {"300 tokens of everyday text": "\n\n" + long_text(guard, texts, 300, 0)})
     hide(guard, kinds["prompt"], texts)
 
