@@ -155,8 +155,8 @@ def test_the_mix_has_every_source_within_its_limits_and_no_prompt_twice(tmp_path
     for name, row in [(name, row) for name, rows in mix.items() for row in rows]:
         texts = [m["content"] for m in conversation(row)]
         said = [row["original"]] if "original" in row else texts[::2]  # what the user says
-        if name.endswith("-surrounded"):
-            before, behind = row["surrounded"]
+        if name.endswith(("-surrounded", "-long")):
+            before, behind = row["around"]
             assert texts[-1].startswith(before) and texts[-1].endswith(behind)
             texts[-1] = texts[-1].removeprefix(before).removesuffix(behind)
             said = texts[:1]
