@@ -33,7 +33,6 @@ CLASSIFIERS = {  # chat models that vLLM serves as classifiers: the name of that
     "Qwen2ForCausalLM": "Qwen2ForSequenceClassification",
     "Qwen3ForCausalLM": "Qwen3ForSequenceClassification",
     "Gemma2ForCausalLM": "Gemma2ForSequenceClassification",
-    "Gemma3ForCausalLM": "Gemma3TextForSequenceClassification",
     "Phi3ForCausalLM": "Phi3ForSequenceClassification",
 }
 README = {
