@@ -115,11 +115,11 @@ def render(tokenizer, messages):
 def read(tokenizer, messages, **options):
     """Token ids of messages in a chat template, with the control tokens in their texts as plain text."""
     control, literal = control_tokens(tokenizer, len(tokenizer))
-    is_spelled_out = any(literal.search(m["content"]) for m in messages)
-    options |= {"sanitize_control_tokens": is_spelled_out, "return_dict": False}
+    options["sanitize_control_tokens"] = any(literal.search(m["content"]) for m in messages)
     with explain("the chat template cannot write this conversation"), TOKENIZER_LOCK:
-        tokenizer.chat_control_tokens = list(control.values())
-        return tokenizer.apply_chat_template(messages, **options)
+        if options["sanitize_control_tokens"]:
+            tokenizer.chat_control_tokens = list(control.values())
+        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
 
 
 def write(tokenizer, messages, **options):

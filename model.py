@@ -15,7 +15,7 @@ places in a text where the guard judges what stands before.
 import copy
 from dataclasses import dataclass, field
 from datetime import date
-from itertools import pairwise
+from itertools import pairwise, starmap
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -197,9 +197,13 @@ class GuardedChat(nn.Module):
 
     def verdicts(self, texts: list[chat.Text], progress=None) -> list[Verdict]:
         """Verdicts on what chat.encode made of some conversations: the higher one, if there are two forms."""
-        forms = [form for text in texts for form in (text, *text.undisguised)]
-        found = map(self.verdict, forms, *zip(*self.judge(forms, progress), strict=True))
-        return [max((next(found) for _ in (text, *text.undisguised)), key=HARM) for text in texts]
+        return [max(starmap(self.verdict, forms), key=HARM) for forms in self.judge_forms(texts, progress)]
+
+    def judge_forms(self, texts, progress=None, **options):
+        """Judge N texts in all their forms -> for each [(form, cuts, logits), ...]."""
+        groups = [(text, *text.undisguised) for text in texts]
+        judged = iter(self.judge([form for group in groups for form in group], progress, **options))
+        return [[(form, *next(judged)) for form in group] for group in groups]
 
     def verdict(self, text: chat.Text, cuts, logits) -> Verdict:
         """The Verdict on a text: the highest of its logits (C, 1 + K) at cuts (C,)."""
@@ -207,10 +211,8 @@ class GuardedChat(nn.Module):
         threshold = self.config.threshold if text.is_answer else self.config.prompt_threshold
         flagged = not unsafe < threshold  # NaN is flagged, so a broken guard cannot let everything pass
         tokens = len(text.ids) - text.start if text.is_answer else 0
-        highest = cuts[logits[:, 0].argmax().item()].item() - text.start
-        return Verdict(
-            tokens, unsafe, dict(zip(self.config.categories, others, strict=True)), flagged, highest
-        )
+        kinds = dict(zip(self.config.categories, others, strict=True))
+        return Verdict(tokens, unsafe, kinds, flagged, cuts[logits[:, 0].argmax().item()].item() - text.start)
 
     @torch.no_grad()
     def stream(self, prompt: chat.Text, past=None, max_new_tokens=128, verdict_every=16, **options):

@@ -135,10 +135,9 @@ def measure(accelerator, guard, splits, batch_size):
 def score(accelerator, guard, texts, batch_size):
     """The highest logits (N, 1 + K) of N texts. Each process computes a part, and all get all."""
     with accelerator.split_between_processes(texts) as mine:
-        forms = [form for text in mine for form in (text, *text.undisguised)]
-        judged = iter(guard.judge(forms, "measuring", batch_size))
-        both = [[next(judged)[1] for _ in (text, *text.undisguised)] for text in mine]
-        logits = gather_object([torch.cat(found).amax(0).tolist() for found in both])
+        groups = guard.judge_forms(mine, "measuring", batch_size=batch_size)
+        highest = [torch.cat([logits for _, _, logits in forms]).amax(0).tolist() for forms in groups]
+        logits = gather_object(highest)
     return torch.tensor(logits).view(len(texts), 1 + len(guard.config.categories))
 
 

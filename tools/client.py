@@ -59,8 +59,8 @@ class ServedGuard(GuardedChat):
         """Cuts (C,) and the logits there (C, 1 + K) of one text."""
         found = []
         for start, ids, cuts in self.parts(text):
-            logits = self.logits(ids)[torch.tensor(cuts) - 1]  # of the logits after each token
-            found.append((torch.tensor(cuts) + start, logits))
+            cuts = torch.tensor(cuts)
+            found.append((cuts + start, self.logits(ids)[cuts - 1]))  # of the logits after each token
         cuts, logits = map(torch.cat, zip(*found, strict=True))
         return cuts, logits if self.config.unsafe_head else torch.cat([logits.amax(1, True), logits], dim=1)
 
