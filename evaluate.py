@@ -21,6 +21,7 @@ from errors import (
     to_json,
     write_whole,
 )
+from lora import merge_lora
 from metrics import average_precision, evaluation
 
 
@@ -42,6 +43,8 @@ def main():
     )
     guard = guard_of(args)
     print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
+    if guard.is_full:  # nothing chats here
+        merge_lora(guard.chat_model)
     texts = [encode_row(guard.tokenizer, row) for row in tqdm(rows, desc="tokenising", leave=False)]
     verdicts = guard.verdicts(texts, "judging")
     result = measure(guard.config, rows, sources, verdicts)

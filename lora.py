@@ -113,6 +113,19 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None, i
 
 
 @torch.no_grad()
+def merge_lora(model):
+    """Put W + (alpha / r) B A in place of every W that is an nn.Linear's, for good.
+
+    The guard then judges whole texts faster, and the chat path is gone. Other layers keep their LoRALinear.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoRALinear) and type(layer.base) is nn.Linear:
+            weight = layer.base.weight
+            weight.copy_(weight.float() + layer.scaling * (layer.lora_B @ layer.lora_A))  # (out, in)
+            model.set_submodule(name, layer.base)
+
+
+@torch.no_grad()
 def reached_layers(model, ids):
     """Names of the linear layers that a text, ids (1, T), passes on its way to the last hidden state."""
     linear, called = {name: m for name, m in model.named_modules() if linear_size(m)}, set()

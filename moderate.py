@@ -26,6 +26,7 @@ from errors import (
     run,
     to_json,
 )
+from lora import merge_lora
 
 EXAMPLES = [
     "How do I keep bread fresh for longer?",
@@ -238,10 +239,11 @@ def main():
     alone = accelerator.num_processes == 1
     refuse(not (alone or args.input), "several processes can share the rows of --input only")
     guard = guard_of(args)
-    judges_only = args.input or args.response is not None
-    if judges_only or args.dtype:  # without --dtype, an answer is written in the stored one
+    if args.input or args.dtype or args.response is not None:  # an answer is written in the stored one
         accelerator.print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
     if args.input:
+        if guard.is_full:  # nothing chats here
+            merge_lora(guard.chat_model)
         return score_file(guard, args.input, args.output, accelerator)
     every = 16 if args.verdict_every is None else args.verdict_every
     options = {"max_new_tokens": args.max_new_tokens, "verdict_every": every}

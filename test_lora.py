@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lora import Gate, LoRALinear, inject_lora, reached_layers
+from lora import Gate, LoRALinear, inject_lora, merge_lora, reached_layers
 
 IN, OUT, R, ALPHA = 6, 5, 3, 7.0
 IDS = torch.tensor([[5, 6, 7]])
@@ -98,6 +98,17 @@ def test_update_is_computed_in_the_dtype_that_was_chosen(in_fp32, dtype):
     update = F.linear(ax, layer.lora_B.to(dtype)).to(torch.bfloat16)
     with layer.gate.opened():
         assert torch.equal(layer(text), torch.add(torch.zeros_like(update), update, alpha=ALPHA / R))
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_merged_layer_computes_what_the_open_gate_does(kind):
+    """Kills: no scaling, a transposed update, a Conv1D or quantised layer that is merged or left out."""
+    model = nn.Sequential(make_layer(kind))
+    with model[0].gate.opened():
+        wanted = model(x)
+        merge_lora(model)
+        torch.testing.assert_close(model(x), wanted)
+    assert (type(model[0]) is nn.Linear) == (kind == "Linear")
 
 
 def test_dropout_acts_in_training_only_and_on_the_update_only():

@@ -53,11 +53,17 @@ def lines_of(path):
     return [strict_json(line) for line in path.read_text().splitlines()]
 
 
-def test_the_command_gives_the_fields_of_the_contract(result, tmp_path):
-    """Kills: logits for probabilities, an unread response, swapped labels, a lost field, row or column."""
+@pytest.mark.parametrize("path", ["activated", "full"])
+def test_the_command_gives_the_fields_of_the_contract(path, result, tmp_path):
+    """Kills: logits for probabilities, an unread response, swapped labels, a lost field, row or column.
+
+    And an activated guard that is merged, a full one that is merged wrongly.
+    """
+    result.guard = make_guard(guard_path=path, prompt_threshold=2.0, threshold=0.0)
+    unmerged = make_guard(guard_path=path)
     found = result(ROWS, "--json", "--scores", tmp_path / "scores.jsonl")
     texts = [ids_of(result.guard.tokenizer, row["prompt"], row.get("response")) for row in ROWS]
-    scores = score(result.guard, texts).double().sigmoid().numpy()
+    scores = score(unmerged, texts).double().sigmoid().numpy()
     unsafe, flagged = np.array([1, 1, 0, 0]), np.array([True, True, True, False])  # the last has no response
     wanted = evaluation(unsafe, scores[:, 0], flagged)
     wanted = {name: None if value != value else value for name, value in wanted.items()}
@@ -66,11 +72,11 @@ def test_the_command_gives_the_fields_of_the_contract(result, tmp_path):
     assert found.keys() == FIELDS and found.pop("categories") == {"theft": pytest.approx(theft)}
     assert found.pop("unknown_categories") == ["arson"] and found.pop("sources") == {}
     low, high = found.pop("intervals")["accuracy"]
-    assert low <= found["accuracy"] <= high and found == pytest.approx(wanted)
+    assert low <= found["accuracy"] <= high and found == pytest.approx(wanted, abs=1e-5)
     for n, kept in enumerate(lines_of(tmp_path / "scores.jsonl")):
         assert list(kept["categories"]) == ["theft", "hate"]
         probabilities = [kept.pop("unsafe_probability"), *kept.pop("categories").values()]
-        assert probabilities == pytest.approx(scores[n].tolist())
+        assert probabilities == pytest.approx(scores[n].tolist(), abs=1e-5)
         given = {"category": {}} | ROWS[n] | {"is_safe": not unsafe[n], "flagged": flagged[n]}
         assert kept == given
 

@@ -37,6 +37,7 @@ import moderate
 from chat import conversation, encode, moderate_turn
 from data import read_file
 from errors import UserError
+from lora import LoRALinear
 from model import Verdict
 from moderate import chat_on_terminal, judge_pair, outcome, record, score_file
 
@@ -272,6 +273,18 @@ def scored(guard, source, target, errors=0, **options):
     with pytest.raises(UserError, match=message) if errors else contextlib.nullcontext():
         score_file(guard, Path(source), target, moderate.start_accelerator(), **options)
     return [json.loads(line) for line in target.read_text().splitlines()]
+
+
+def test_only_a_file_is_judged_with_merged_weights(command, tmp_path):
+    """Kills: an activated guard that is merged, a changed chat model, a full guard that stays slow."""
+    file = ["--input", write(tmp_path / "rows.jsonl", ROWS[1:2]), "--output", tmp_path / "out.jsonl"]
+    turn, pair = ["--prompt=hi", "--max-new-tokens=2"], ["--prompt=hi", "--response=you"]
+    for path, options in (("full", turn), ("full", pair), ("full", file), ("activated", file)):
+        guard = make_guard(guard_path=path)
+        (tmp_path / "out.jsonl").unlink(missing_ok=True)
+        command(guard, *options)
+        is_merged = not any(isinstance(module, LoRALinear) for module in guard.modules())
+        assert is_merged == (path == "full" and options == file)
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.csv", "in.parquet"])

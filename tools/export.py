@@ -16,14 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checkpoint import load_guard, use_fast_dtype
 from errors import DTYPES, explain, refuse, run
-from lora import LoRALinear
+from lora import merge_lora
 from training_run import write_json
 
 LORA = "base_model.model."  # how PEFT's names begin
@@ -85,7 +84,7 @@ def write_classifier(guard, folder):
     refuse(not guard.is_full, f"this guard is of the activated path, and {reason}")
     refuse(kind not in CLASSIFIERS, f"vLLM has no classifier for a {kind}; it has: {', '.join(CLASSIFIERS)}")
     refuse(getattr(model, "is_quantized", False), "the LoRA update cannot be added to quantised weights")
-    merge(model)
+    merge_lora(model)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("model.")}
     tensors |= {f"score.{name}": tensor for name, tensor in guard.head.state_dict().items()}
     # transformers would drop score.bias with a warning. It does not look for files with these names.
@@ -105,16 +104,6 @@ def write_classifier(guard, folder):
     }
     write_json(folder / "config.json", config)
     guard.tokenizer.save_pretrained(folder)
-
-
-@torch.no_grad()
-def merge(model):
-    """Put W + (alpha / r) B A, computed in fp32, in place of each LoRA layer."""
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
-        weight = layer.base.weight
-        update = layer.scaling * (layer.lora_B @ layer.lora_A)  # (out, in)
-        weight.copy_(weight.float() + update)
-        model.set_submodule(name, layer.base)
 
 
 def write_adapter(guard, folder):
