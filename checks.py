@@ -11,6 +11,7 @@ import sys
 from datetime import date, datetime
 
 import torch
+from transformers import DynamicCache
 
 import chat
 from errors import refuse
@@ -67,14 +68,14 @@ def check_request(room, max_new_tokens, verdict_every, options):
 
 def try_out(guard):
     """Raise ValueError, and put the chat model's layers back, unless it passes `compare`."""
+    model = guard.chat_model
     try:
         compare(guard)
     except Exception as error:
-        for name, module in list(guard.chat_model.named_modules()):
+        for name, module in list(model.named_modules()):
             if isinstance(module, LoRALinear):
-                guard.chat_model.set_submodule(name, module.base)
-        kind = type(guard.chat_model).__name__
-        raise ValueError(f"a {kind} cannot be guarded in this way: {error}") from error
+                model.set_submodule(name, module.base)
+        raise ValueError(f"a {type(model).__name__} cannot be guarded in this way: {error}") from error
 
 
 @torch.no_grad()
@@ -82,19 +83,20 @@ def compare(guard):
     """Judge and answer two short texts. Raises ValueError that says what differs."""
     texts = ("Hello", "How do I keep bread fresh? " * 12)
     short, long = (chat.encode(guard.tokenizer, [{"role": "user", "content": text}]) for text in texts)
-    ids = long.ids[: guard.max_tokens]
-    model, half = guard.chat_model, len(ids) // 2
-    if sees_what_follows(model, guard.tensor(ids), half):
+    model = guard.chat_model
+    long_ids = long.ids[: guard.max_tokens]
+    ids = guard.tensor(long_ids)  # (1, T)
+    half = len(long_ids) // 2
+    if sees_what_follows(model, ids, half):
         raise ValueError("what follows a text changes its hidden states")
     if not guard.is_full:
-        chat.fork(guard.read(guard.tensor(ids)))  # raises for a cache that the guard cannot share
-    cache = chat.new_cache(model.config)
-    whole, _, second = (  # each of (1, T, H)
-        model.base_model(input_ids=guard.tensor(part), past_key_values=past, use_cache=past is not None)
-        for part, past in ((ids, None), (ids[:half], cache), (ids[half:], cache))
-    )
-    expect_equal("read in two parts", second.last_hidden_state, whole.last_hidden_state[:, half:])
-    judge_at_once(guard, short.ids, ids)
+        chat.fork(guard.read(ids))  # raises for a cache that the guard cannot share
+    whole = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (1, T, H)
+    cache = DynamicCache(config=model.config)
+    guard.read(ids[:, :half], cache)
+    second = model.base_model(input_ids=ids[:, half:], past_key_values=cache, use_cache=True)
+    expect_equal("read in two parts", second.last_hidden_state, whole[:, half:])
+    judge_at_once(guard, short.ids, long_ids)
     options = {"max_new_tokens": 3, "min_new_tokens": 3}
     options |= {"num_beams": 1, "stop_strings": None, "return_dict_in_generate": False}
     *_, (answer, _) = guard.stream(short, verdict_every=2, **options)
@@ -112,14 +114,14 @@ def judge_at_once(guard, short, long):
     """
     cuts = [[2, len(short)], [2, len(long)]]
     guard.window = 0  # makes the activated path ask in turn
-    alone = torch.cat([guard.states([ids], cuts[n : n + 1]) for n, ids in enumerate((short, long))])
+    alone = torch.cat([guard.states([short], cuts[:1]), guard.states([long], cuts[1:])])
     guard.window = window_of(guard.chat_model.config.get_text_config())
     try:
         expect_equal("beside a longer text", guard.states([short, long], cuts), alone)
     except Exception:
         if guard.is_full:
             raise
-        guard.window = 0  # asked in turn, no batch matters
+        guard.window = 0  # from now on it asks in turn, where neighbours cannot matter
 
 
 @torch.enable_grad()
@@ -136,7 +138,7 @@ def sees_what_follows(model, ids, end):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :end]
     finally:
         hook.remove()
-    (gradient,) = torch.autograd.grad((hidden * torch.randn_like(hidden)).sum(), leaves[0])
+    (gradient,) = torch.autograd.grad(hidden, leaves[0], torch.randn_like(hidden))
     return gradient[:, end:].any().item()
 
 

@@ -25,11 +25,11 @@ import torch
 from pyarrow.parquet import ParquetFile
 
 from chat import CONVERT, NAMES, conversation, encode
-from errors import UserError, explain, from_json, one_line, refuse, without_twins
+from errors import UserError, explain, from_json, one_line, refuse, refuse_twins, without_twins
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
 KINDS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
-WORDS = {  # of a file's name, as in the datasets library
+WORDS = {  # of a file's name, which choose its split as in the datasets library
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
@@ -40,7 +40,7 @@ LABELS |= dict.fromkeys(("", "none", "nan", "null"))
 
 
 def read_rows(sources):
-    """Yield (name, split, checked rows) of each file, or each split of one hub id, that `sources` name."""
+    """Yield (name, split, checked rows) of each file in `sources`, or of each split of a hub id."""
     first = Path(sources[0])
     is_hub = len(sources) == 1 and not first.exists() and not first.name.lower().endswith(KINDS)
     for name, part, rows in read_hub(sources[0]) if is_hub else read_files(sources):
@@ -71,7 +71,7 @@ def read_files(sources):
 
 
 def check_input(path):
-    """The path of a file of rows. Raises UserError for what is not one."""
+    """Return the path of a file of rows. Raises UserError if it is none."""
     known = path.is_file() and path.name.lower().endswith(KINDS)
     kinds = ", ".join(KINDS)
     refuse(
@@ -81,7 +81,7 @@ def check_input(path):
 
 
 def read_file(path, columns=None):
-    """Yield (where, row), one at a time. What cannot be read has a UserError as its row.
+    """Yield (where, row), one at a time. A row that cannot be read is a UserError.
 
     columns: which to read of a Parquet file, so that a damaged one that nobody needs costs nothing.
     """
@@ -117,26 +117,25 @@ def csv_rows(lines):
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(lines, strict=True)
     names = next(reader, [])
-    without_twins([(name, None) for name in names])
+    refuse_twins(names)
     while True:
         try:
-            cells = next(reader, None)
+            for cells in reader:
+                if len(cells) == len(names):
+                    yield f"line {reader.line_num}", dict(zip(names, cells, strict=True))
+                elif cells:
+                    message = f"{len(cells)} cells for {len(names)} columns"
+                    yield f"line {reader.line_num}", UserError(message)
+            return
         except csv.Error as error:  # such as a stray quote; it costs this row alone
             yield f"line {reader.line_num}", UserError(f"cannot be read as CSV ({one_line(error)})")
-            continue
-        if cells is None:
-            return
-        if len(cells) == len(names):
-            yield f"line {reader.line_num}", dict(zip(names, cells, strict=True))
-        elif cells:
-            yield f"line {reader.line_num}", UserError(f"{len(cells)} cells for {len(names)} columns")
 
 
 def parquet_rows(file, columns):
     """Yield (place, row) of a Parquet file."""
     table = ParquetFile(file)
     names = table.schema_arrow.names
-    without_twins([(name, None) for name in names])
+    refuse_twins(names)
     columns = [name for name in names if columns is None or name.strip().lower().startswith(columns)]
     number = 0
     for batch in table.iter_batches(batch_size=256, columns=columns):
@@ -210,30 +209,32 @@ def load_splits(sources) -> Rows:
     it to several, test keeps it, then validation.
     Raises UserError for data that cannot be learnt from.
     """
-    given, notes = {}, []
+    splits = {split: [] for split in SPLITS}
+    notes = []
     for name, split, rows in read_rows(sources):
         notes.append(f"{split}: {len(rows)} rows of {name}")
         refuse(not rows, f"{name} has no rows")
-        given.setdefault(split, []).extend(rows)
-    splits = {split: [] for split in SPLITS}
-    missing = [split for split in SPLITS if split not in given]
+        splits[split] += rows
+    missing = [split for split in SPLITS if not splits[split]]
     taken = set()
-    for split in [split for split in reversed(SPLITS) if split in given]:
-        rows = [row for row in given[split] if prompt_key(row) not in taken]
-        left_out = len(given[split]) - len(rows)
-        notes += [f"left out {left_out} {split} rows: their prompts are in another split"] if left_out else []
+    for split in reversed(SPLITS):
+        rows = [row for row in splits[split] if prompt_key(row) not in taken]
+        left_out = len(splits[split]) - len(rows)
+        if left_out:
+            notes.append(f"left out {left_out} {split} rows: their prompts are in another split")
         taken |= {prompt_key(row) for row in rows}
-        for row in rows:
-            tenth = tenth_of(row)
-            cut = split == "train" and tenth < len(missing)
-            splits[missing[tenth] if cut else split].append(row)
+        splits[split] = rows
+    split_of_tenth = missing + ["train"] * 10  # each missing split takes a tenth of the prompts
+    rows, splits["train"] = splits["train"], []
+    for row in rows:
+        splits[split_of_tenth[tenth_of(row)]].append(row)
     notes += [f"{split}: {len(splits[split])} of these rows, cut by prompt" for split in missing]
     for split in ("train", "validation"):
         rows = splits[split]
         found = f"the {split} split has {len(rows)} rows with prompts of their own"
         one_kind = len({row["is_safe"] for row in rows}) < 2
         refuse(one_kind, f"{found}, and needs safe and unsafe ones; give more rows, or a file for it")
-    # A category that training never shows both ways would end at one probability for every text.
+    # A category that training never shows both ways would get one probability for every text.
     names = dict.fromkeys(name for split in SPLITS for row in splits[split] for name in row["category"])
     shown = {(name, value) for row in splits["train"] for name, value in row["category"].items()}
     learnable = [name for name in names if {(name, True), (name, False)} <= shown]
@@ -243,7 +244,7 @@ def load_splits(sources) -> Rows:
 
 
 def prompt_key(row):
-    """What all rows of one prompt share: all that the user says."""
+    """All that the user says in a row. Rows with the same key share a prompt."""
     texts = [m["content"].strip() for m in conversation(row) if m["role"] == "user"]
     return "\0".join(texts).lower()
 

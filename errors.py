@@ -73,11 +73,15 @@ def to_json(value):
     return json.dumps(json.loads(json.dumps(value, default=str), parse_constant=lambda _: None))
 
 
-def without_twins(pairs):
-    """A dict of (name, value) pairs. Raises UserError for a name that comes twice: which one is meant?"""
-    counts = Counter(name for name, _ in pairs)
-    twins = [name for name, count in counts.items() if count > 1]
+def refuse_twins(names):
+    """Raise UserError for a name that comes twice: which one is meant?"""
+    twins = [name for name, count in Counter(names).items() if count > 1]
     refuse(twins, f"{', '.join(twins)} comes twice")
+
+
+def without_twins(pairs):
+    """A dict of (name, value) pairs. Raises UserError for a name that comes twice."""
+    refuse_twins(name for name, _ in pairs)
     return dict(pairs)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from accelerate.utils import tqdm
 
 from checkpoint import guard_of, start_accelerator, use_fast_dtype
-from data import encode_row, prompt_key, read_rows
+from data import encode_row, labels, prompt_key, read_rows
 from errors import (
     check_output,
     guard_arguments,
@@ -61,18 +61,18 @@ def main():
 def evaluation_rows(names):
     """(checked rows, the name of each one's file) of all files, or of a hub id's test split if it has one."""
     parts = list(read_rows(names))
-    is_hub = not Path(names[0]).exists() and "test" in [split for _, split, _ in parts]
-    pairs = [(row, name) for name, split, rows in parts for row in rows if split == "test" or not is_hub]
-    refuse(not pairs, f"{' '.join(names)}: there are no rows to evaluate on")
-    rows, sources = zip(*pairs, strict=True)
-    return rows, np.array(sources)
+    if not Path(names[0]).exists():  # a hub id
+        parts = [part for part in parts if part[1] == "test"] or parts
+    rows = [row for _, _, rows in parts for row in rows]
+    refuse(not rows, f"{' '.join(names)}: there are no rows to evaluate on")
+    return rows, np.array([name for name, _, rows in parts for _ in rows])
 
 
 def measure(config, rows, sources, verdicts):
     """The figures of N rows. sources: the name of each one's file (N,)."""
-    unsafe = np.array([not row["is_safe"] for row in rows])
+    targets = labels(rows, config.categories).numpy()  # (N, 1 + K), NaN where unknown
     scores = np.nan_to_num([[v.unsafe, *v.categories.values()] for v in verdicts], nan=1.0)  # (N, 1 + K)
-    columns = (unsafe, scores[:, 0], np.array([v.flagged for v in verdicts]))  # each (N,)
+    columns = (targets[:, 0] == 1, scores[:, 0], np.array([v.flagged for v in verdicts]))  # each (N,)
     result = {"threshold": config.threshold, "prompt_threshold": config.prompt_threshold}
     result |= counts(*columns) | {"sources": {}, "categories": {}}
     for name in dict.fromkeys(sources) if len(set(sources)) > 1 else ():
@@ -82,10 +82,11 @@ def measure(config, rows, sources, verdicts):
     labelled = {name for row in rows for name in row["category"]}
     result["unknown_categories"] = sorted(labelled - set(config.categories))
     for k, name in enumerate(config.categories, 1):
-        known = np.array([name in row["category"] for row in rows])
-        labels = np.array([row["category"].get(name, False) for row in rows])[known]
-        found = {"positives": int(labels.sum()), "ap": average_precision(labels, scores[known, k])}
-        result["categories"] |= {name: found} if known.any() else {}
+        known = ~np.isnan(targets[:, k])
+        if known.any():
+            harmful = targets[known, k] == 1
+            ap = average_precision(harmful, scores[known, k])
+            result["categories"][name] = {"positives": int(harmful.sum()), "ap": ap}
     return result
 
 
@@ -115,19 +116,20 @@ def running(guard, rows, texts):
     """What verdicts on the way add to those at the ends of answers."""
     answers = [(text, row["is_safe"]) for text, row in zip(texts, rows, strict=True) if text.is_answer]
     judged = guard.judge([text for text, _ in answers], progress="judging on the way")
-    first_flags, passed = [], []  # of flagged answers: (token, tokens in all); of the other safe ones: cut?
+    first_flags, by_half = [], []  # of flagged answers: the token of the first flag, and if that is by half
+    passed = []  # of the other safe answers: cut on the way?
     for (text, is_safe), (cuts, logits) in zip(answers, judged, strict=True):
         verdicts = [guard.verdict(text, *one) for one in zip(cuts.split(1), logits.split(1), strict=True)]
         flags = [verdict.highest for verdict in verdicts if verdict.flagged]
         if verdicts[-1].flagged:
-            first_flags.append((flags[0], verdicts[-1].tokens))
+            first_flags.append(flags[0])
+            by_half.append(flags[0] <= verdicts[-1].tokens / 2)
         elif is_safe:
             passed.append(bool(flags))
-    by_half = [token <= tokens / 2 for token, tokens in first_flags]
     return {
         "flagged": len(first_flags),
         "flagged_by_half": np.mean(by_half).item() if by_half else None,
-        "median_token_of_first_flag": np.median(first_flags, axis=0)[0].item() if by_half else None,
+        "median_token_of_first_flag": np.median(first_flags).item() if by_half else None,
         "safe_and_not_flagged": len(passed),
         "of_these_cut_on_the_way": np.mean(passed).item() if passed else None,
     }
@@ -140,8 +142,8 @@ def table(result):
     for name, found in result["categories"].items():
         figures[f"AP of {name} ({found['positives']} positives)"] = found["ap"]
     notes = {name: "{:.3f} to {:.3f}".format(*pair) for name, pair in result["intervals"].items()}
-    random = result["positives"] / result["rows"]
-    notes["auprc"] = f"{notes.get('auprc', '')}  (a random scorer: {random:.3f})"
+    base_rate = result["positives"] / result["rows"]
+    notes["auprc"] = f"{notes.get('auprc', '')}  (a random scorer: {base_rate:.3f})"
     lines = [f"{name:50} {cell(value):>6}  {notes.get(name, '')}" for name, value in figures.items()]
     shown = ("rows", "positives", "auprc", "auroc", "f1", "fpr", "recall")
     shown += tuple(name for name in result if name.startswith("tpr_at_"))

@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
 
     base: any module that maps (..., in) to (..., out), so quantised layers work unchanged.
     size: (in, out). lora_dropout: share of the entries of x that A does not see in training.
-    in_fp32: compute the update in fp32 instead of x's dtype, which is faster on a CPU for a few tokens.
+    in_fp32: compute the update in fp32, not in x's dtype. For a few tokens this is faster on a CPU.
     """
 
     def __init__(self, base, size, r, lora_alpha, lora_dropout, gate, in_fp32=False):
@@ -57,14 +57,14 @@ class LoRALinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.in_fp32 = in_fp32
         # fp32 even on a bf16 base: bf16 would round away most of Adam's steps.
-        tensor = next(itertools.chain(base.parameters(), base.buffers()))  # the update lies beside its layer
+        tensor = next(itertools.chain(base.parameters(), base.buffers()))  # of the layer's device
         place = {"dtype": torch.float32, "device": tensor.device}
         self.lora_A = nn.Parameter(torch.empty(r, size[0], **place))
         self.lora_B = nn.Parameter(torch.zeros(size[1], r, **place))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        # This is self.base(x) without nn.Module's call, which a chat would pay hundreds of times a token.
+        # Not self.base(x): a chat runs hundreds of these layers a token, and nn.Module's call takes time.
         y = self._modules["base"].forward(x)  # (..., out)
         if not self.gate.is_open:
             return y
@@ -106,22 +106,19 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None, i
             raise ValueError(f"{name} has hooks, which LoRALinear does not call; remove them first")
     model.requires_grad_(False)  # freeze first, inject second: what requires a gradient is trained
     gate = Gate()
-    for name in [name for name in linear if name in chosen]:  # in the model's order, so a seed fixes every A
-        size = linear_size(linear[name])
-        model.set_submodule(name, LoRALinear(linear[name], size, r, lora_alpha, lora_dropout, gate, in_fp32))
+    for name, base in linear.items():  # in the model's order, so a seed fixes every A
+        if name in chosen:
+            layer = LoRALinear(base, linear_size(base), r, lora_alpha, lora_dropout, gate, in_fp32)
+            model.set_submodule(name, layer)
     return gate
 
 
 @torch.no_grad()
 def merge_lora(model):
-    """Put W + (alpha / r) B A in place of every W that is an nn.Linear's, for good.
-
-    The guard then judges whole texts faster, and the chat path is gone. Other layers keep their LoRALinear.
-    """
+    """Replace W by W + (alpha / r) B A in every LoRALinear around an nn.Linear. It cannot chat then."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear) and type(layer.base) is nn.Linear:
-            weight = layer.base.weight
-            weight.copy_(weight.float() + layer.scaling * (layer.lora_B @ layer.lora_A))  # (out, in)
+            layer.base.weight += layer.scaling * (layer.lora_B @ layer.lora_A)  # (out, in), added in fp32
             model.set_submodule(name, layer.base)
 
 

@@ -23,15 +23,16 @@ import torch
 from accelerate.utils import tqdm
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 import chat
 import checks
 from lora import LoRALinear, inject_lora, reached_layers
 
 NEVER = 2.0  # a threshold that no probability reaches
-BATCH_TOKENS = 2**14  # of a batch to judge, so that long texts fit in memory
-HARM = attrgetter("flagged", "unsafe")  # orders verdicts; a NaN is flagged
-CUTS = 256  # that one pass asks at, so that their mask fits in memory
+BATCH_TOKENS = 2**14  # at most in a batch to judge; more would not fit in memory
+HARM = attrgetter("flagged", "unsafe")  # sorts verdicts: flagged ones (NaN too) above others
+CUTS = 256  # at most in one pass; the mask of more would not fit in memory
 
 
 @dataclass
@@ -49,7 +50,7 @@ class GuardConfig:
     clf_head_bias: bool = True
     threshold: float = 0.5  # an answer is flagged from this unsafe probability
     prompt_threshold: float = NEVER  # a prompt is flagged from this one
-    verdict_every: int = 32  # tokens between verdicts on a text, besides that at its end; 0: only that
+    verdict_every: int = 32  # tokens between verdicts on a text, which has one at its end too; 0: only that
     date: str = field(default_factory=lambda: date.today().isoformat())  # what a chat template calls today
 
     def __post_init__(self):
@@ -104,15 +105,14 @@ class GuardedChat(nn.Module):
         return self.guard_logits(self.states(conversations, cuts))
 
     def states(self, conversations, cuts, cache=None):
-        """What the guard head reads (B, C, H). cache: what the chat path has read of them, if anything."""
-        # Padding is on the right: causal attention does not see it, and `ask` masks it.
-        ids = pad_sequence([self.tensor(row)[0] for row in conversations], batch_first=True)  # (B, T)
-        most = max(map(len, cuts))  # a shorter list of cuts repeats its last one
-        cuts = self.tensor([row + row[-1:] * (most - len(row)) for row in cuts])[0]  # (B, C)
+        """What the guard head reads (B, C, H). cache: the chat path's of these texts, if it has read them."""
+        # (B, T) and (B, C), filled up on the right. Nobody looks at the cuts that fill up.
+        ids = pad_sequence([self.tensor(row)[0] for row in conversations], batch_first=True)
+        cuts = pad_sequence([self.tensor(row)[0] for row in cuts], batch_first=True, padding_value=1)
         if self.is_full:
             with self.gate.opened():
                 hidden = self.chat_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            return hidden[torch.arange(len(ids))[:, None], cuts - 1]  # of (B, T, H)
+            return hidden[torch.arange(len(ids))[:, None], cuts - 1]  # (B, T, H) -> (B, C, H)
         tokens, slots = ids.shape[1], cuts.shape[1] * self.guard_prompt_ids.shape[1]
         if tokens + slots > self.window and cuts.tolist() != [[tokens]]:
             return torch.stack([self.states_in_turn(*row) for row in zip(conversations, cuts, strict=True)])
@@ -127,9 +127,9 @@ class GuardedChat(nn.Module):
 
     def states_in_turn(self, ids, cuts):
         """`states` for one conversation, read piece by piece: cuts (C,) -> (C, H)."""
-        cache = chat.new_cache(self.chat_model.config)
+        cache = DynamicCache(config=self.chat_model.config)
         found = {}
-        for start, cut in pairwise([0, *sorted(set(cuts.tolist()))]):
+        for start, cut in pairwise([0, *cuts.unique().tolist()]):
             self.read(self.tensor(ids[start:cut]), cache)
             found[cut] = self.ask(cache, self.tensor([cut]))[0, 0]
         return torch.stack([found[cut] for cut in cuts.tolist()])
@@ -143,20 +143,21 @@ class GuardedChat(nn.Module):
                                second        x x x x . x
         """
         cache = chat.fork(cache)
-        tokens, size, dtype = cache.get_seq_length(), self.guard_prompt_ids.shape[1], self.chat_model.dtype
+        tokens, size = cache.get_seq_length(), self.guard_prompt_ids.shape[1]
         options = {"past_key_values": cache, "use_cache": True}
-        if cuts.tolist() != [[tokens]] * len(cuts):  # else one prompt follows each text and needs no mask
-            positions = (cuts[..., None] + torch.arange(size, device=cuts.device)).flatten(1)  # (B, C * M)
-            before = torch.arange(tokens, device=cuts.device) < cuts.repeat_interleave(size, dim=1)[..., None]
-            itself = torch.kron(torch.eye(cuts.shape[1]), torch.ones(size, size).tril()).to(before)
+        if cuts.tolist() != [[tokens]] * len(cuts):  # else one prompt follows each whole text
+            ends = cuts.repeat_interleave(size, dim=1)  # (B, C * M), the cut of each slot
+            slots = torch.arange(ends.shape[1], device=cuts.device)
+            before = torch.arange(tokens, device=cuts.device) < ends[..., None]  # (B, C * M, T)
+            itself = (slots[:, None] // size == slots // size) & (slots[:, None] >= slots)
             sees = torch.cat([before, itself.expand(len(cuts), -1, -1)], dim=2)  # (B, C * M, T + C * M)
-            mask = torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, -torch.inf)  # added to the scores
-            options |= {"attention_mask": mask[:, None], "position_ids": positions}
+            mask = torch.where(sees, 0.0, -torch.inf).to(self.chat_model.dtype)  # added to the scores
+            options |= {"attention_mask": mask[:, None], "position_ids": ends + slots % size}
         # Inference mode where nothing learns: autograd's bookkeeping would slow a verdict down.
         with torch.inference_mode(not torch.is_grad_enabled()), self.gate.opened():
             ids = self.guard_prompt_ids.repeat(cuts.shape)  # (B, C * M)
             hidden = self.chat_model.base_model(input_ids=ids, **options).last_hidden_state
-        return hidden[:, size - 1 :: size]  # of (B, C * M, H)
+        return hidden[:, size - 1 :: size]  # (B, C * M, H) -> (B, C, H), the last token of each prompt
 
     def guard_logits(self, hidden):
         """g_guard: hidden states (..., H) -> logits (..., 1 + K), fp32: unsafe, then the categories."""
@@ -169,7 +170,7 @@ class GuardedChat(nn.Module):
         """Judge N texts of any length -> for each its cuts (C,) and the logits there (C, 1 + K)."""
         self.eval()
         parts = [(n, *part) for n, text in enumerate(texts) for part in self.parts(text)]
-        parts.sort(key=lambda part: -len(part[2]))  # little padding, and the parts of a text stay in order
+        parts.sort(key=lambda part: -len(part[2]))  # little padding; a text's parts stay in order
         found = [[] for _ in texts]
         bar = tqdm(total=len(parts), desc=progress, leave=False, disable=progress is None)
         while parts:
@@ -212,7 +213,7 @@ class GuardedChat(nn.Module):
         flagged = not unsafe < threshold  # NaN is flagged, so a broken guard cannot let everything pass
         tokens = len(text.ids) - text.start if text.is_answer else 0
         kinds = dict(zip(self.config.categories, others, strict=True))
-        return Verdict(tokens, unsafe, kinds, flagged, cuts[logits[:, 0].argmax().item()].item() - text.start)
+        return Verdict(tokens, unsafe, kinds, flagged, cuts[logits[:, 0].argmax()].item() - text.start)
 
     @torch.no_grad()
     def stream(self, prompt: chat.Text, past=None, max_new_tokens=128, verdict_every=16, **options):
@@ -226,21 +227,20 @@ class GuardedChat(nn.Module):
         """
         checks.check_request(self.max_tokens - len(prompt.ids), max_new_tokens, verdict_every, options)
         self.eval()
-        past = chat.Past() if past is None else past
+        past = past or chat.Past()
         past.rewind(prompt.ids, self.chat_model.config)
         ids = self.tensor(prompt.ids)  # (1, T)
         options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
         options |= {"max_new_tokens": max_new_tokens, "use_cache": True, "cache_implementation": None}
         options |= {"attention_mask": torch.ones_like(ids), "custom_generate": chat.decode, "past": past}
         every = 0 if self.is_full else verdict_every
-        # transformers prepares logits processors and criteria, and returns the generator that `decode` is.
         for answer, done in self.chat_model.generate(ids, **options):
             if done or not answer or (every and len(answer) % every == 0):
                 text = chat.Text(past.ids, len(prompt.ids), True) if answer else prompt
-                at_end = text.is_answer and not self.is_full  # it has been judged on its way
+                at_end = answer and not self.is_full  # it has been judged on its way
                 cuts = text.cuts(0 if at_end else self.config.verdict_every)
                 logits = self.guard_logits(self.states([text.ids], [cuts], past.cache)[0])  # (C, 1 + K)
-                verdicts = [] if answer else self.verdicts(list(prompt.undisguised))
+                verdicts = [] if answer else self.verdicts(prompt.undisguised)
                 yield answer, max([self.verdict(text, torch.tensor(cuts), logits), *verdicts], key=HARM)
 
     def train(self, mode=True):

@@ -33,8 +33,7 @@ EXAMPLES = [
     "How do I kill a process that no longer answers in Linux?",
     "Give me a vicious insult for my colleague from abroad.",
 ]
-# What a row has that cannot be judged.
-UNJUDGED = {"unsafe_probability": None, "flagged": True, "categories": {}, "error": None}
+UNJUDGED = {"unsafe_probability": None, "flagged": True, "categories": {}, "error": None}  # of a bad row
 
 
 def parse_arguments():
@@ -60,13 +59,13 @@ def parse_arguments():
 
 
 def judge_pair(guard, prompt, response):
-    """Judge a prompt and a given response to it -> the same pairs as moderate_turn's."""
+    """Judge a prompt and a given response to it -> pairs (text, Verdict), as moderate_turn yields them."""
     rows = [{"prompt": prompt}, {"prompt": prompt, "response": response}]
     return zip((None, response), guard.classify(rows), strict=True)
 
 
 def record(prompt, turn, given=False):
-    """The --json object of a turn, moderate_turn's pairs. given: the user gave the response."""
+    """The --json object of a turn: what moderate_turn yields. given: the user gave the response."""
     (_, first), (response, last) = turn[0], turn[-1]
     stopped = None
     if last.flagged and not given:
@@ -124,7 +123,7 @@ def chat_on_terminal(guard, options):
             return print()
         except KeyboardInterrupt:
             print(" [interrupted]" if turn else "")  # all that was shown has been judged
-        except UserError as error:  # a text that cannot be judged is no reason to leave
+        except UserError as error:  # a text that cannot be judged does not end the chat
             print(f"[{one_line(error)}]")
         if not turn:
             continue
@@ -173,7 +172,7 @@ def score_file(guard, source, target, accelerator, chunk_rows=256):
     Raises UserError for such rows at the end, and for a `target` with other rows.
     """
     done, failed = done_rows(guard, source, target)
-    accelerator.wait_for_everyone()  # a slower process would count what this one writes
+    accelerator.wait_for_everyone()  # so no process counts lines that another one has just written
     rows = itertools.islice(rows_of(source), done, None)
     with tqdm(initial=done, unit=" rows") as bar:
         while chunk := list(itertools.islice(rows, chunk_rows)):
@@ -184,40 +183,39 @@ def score_file(guard, source, target, accelerator, chunk_rows=256):
                 with explain(f"cannot write {target}", OSError), open(target, "ab") as out:
                     out.write(b"".join(map(json_line, lines)))
             bar.update(len(chunk))
-    target.touch()  # of no rows
+    target.touch()  # a source without rows has an empty output
     accelerator.end_training()  # a process that leaves first takes the others down
     refuse(failed, f"{failed} rows cannot be judged; in {target} they have an `error` that says why")
 
 
 def rows_of(source):
-    """Yield (where, row). Raises UserError for a row with columns that a verdict would replace."""
+    """Yield (where, row, its columns). Raises UserError for a column that a verdict would replace."""
     for where, row in read_file(source):
-        taken = ", ".join(UNJUDGED.keys() & row) if isinstance(row, dict) else ""
+        columns = row if isinstance(row, dict) else {}  # a bad row has none
+        taken = ", ".join(UNJUDGED.keys() & columns)
         refuse(taken, f"{where}: a verdict would replace the user's own {taken}; rename it")
-        yield where, row
+        yield where, row, columns
 
 
 def judged(guard, rows):
-    """(where, row) pairs -> rows with a verdict, or with the reason why there is none."""
+    """What rows_of yields -> rows with a verdict, or with the reason why there is none."""
     lines, texts = [], []
-    for where, row in rows:
+    for where, row, columns in rows:
         try:
             texts.append(encode_row(guard.tokenizer, row, where))
-            lines.append(row)
+            lines.append(columns)
         except UserError as error:
-            row = row if isinstance(row, dict) else {}
-            lines.append(row | UNJUDGED | {"error": one_line(error)})
+            lines.append(columns | UNJUDGED | {"error": one_line(error)})
     verdicts = iter(guard.verdicts(texts))
     return [line if "error" in line else line | next(verdicts).fields() for line in lines]
 
 
 def done_rows(guard, source, target):
-    """(rows, errors) in `target`, less an incomplete last line. Raises UserError for other rows."""
+    """How many rows and errors `target` has, less a last half line. Raises UserError for other rows."""
     done, failed, size, rows = 0, 0, 0, rows_of(source)
     for line in open(target, "rb") if target.exists() else ():  # noqa: SIM115
-        where, row = next(rows, (None, None))
-        own = row if isinstance(row, dict) else {}
-        start = json_line(own | {"unsafe_probability": None})[:-6]  # without "null}\n"
+        where, _, columns = next(rows, (None, None, {}))
+        start = json_line(columns | {"unsafe_probability": None})[:-6]  # without "null}\n"
         other = f"line {done + 1} of {target} is no verdict of this guard on {source}; name another --output"
         refuse(where is None or line[: len(start)] != start[: len(line)], other)
         if not line.endswith(b"\n"):
@@ -226,7 +224,9 @@ def done_rows(guard, source, target):
         with explain(other):
             found = json.loads(line)
             refuse("error" not in found and [*found["categories"]] != guard.config.categories, other)
-        done, failed, size = done + 1, failed + ("error" in found), size + len(line)
+        done += 1
+        failed += "error" in found
+        size += len(line)
     return done, failed
 
 
@@ -252,8 +252,8 @@ def main():
     is_terminal = sys.stdin.isatty()
     if args.prompt is None and not args.json and is_terminal and sys.stdout.isatty():
         return chat_on_terminal(guard, options)
-    lines = (line.strip() for line in (() if args.prompt or is_terminal else sys.stdin))
-    answer_prompts(guard, args, filter(None, lines), options)
+    lines = () if args.prompt or is_terminal else sys.stdin
+    answer_prompts(guard, args, filter(None, map(str.strip, lines)), options)
 
 
 if __name__ == "__main__":

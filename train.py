@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ NOT_KEPT = ("output_dir", "resume", "save_steps", "categories", "threshold", "pr
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
+    positive = number(int, 0)
     add("hf_model_id", nargs="?", default=EMBEDDED, help="hub id, folder or .gguf file")
     add("output_dir", nargs="?", type=Path, help="default: the next free runs/N")
     add("--dataset", nargs="+", help=f"hub id or files; default: {BEAVERTAILS}, or our sample for {EMBEDDED}")
@@ -42,7 +43,7 @@ def parse_arguments():
     add("--guard-prompt", help="text that the activated path reads last; default: the end token alone")
     targets = "all-linear, names such as q_proj,v_proj (the paper's), or none: only the head learns"
     add("--lora-targets", type=lambda names: names.split(",") if names != "none" else [], help=targets)
-    add("--lora-r", type=number(int, 0))
+    add("--lora-r", type=positive)
     add("--lora-alpha", type=number(float, 0))
     add("--lora-dropout", type=float)
     add("--no-unsafe-head", dest="unsafe_head", action="store_false", help="unsafe is the largest category")
@@ -50,17 +51,17 @@ def parse_arguments():
     add("--no-clf-head-bias", dest="clf_head_bias", action="store_false", help=bias)
     add("--verdict-every", type=number(int, -1), help="tokens between verdicts; 0: at the end")
     parser.set_defaults(**asdict(GuardConfig()))
-    add("--epochs", type=number(int, 0), default=3)
-    add("--per-device-batch-size", type=number(int, 0), default=16)
-    add("--gradient-accumulation-steps", type=number(int, 0), default=1)
-    add("--eval-batch-size", type=number(int, 0), default=32)
+    add("--epochs", type=positive, default=3)
+    add("--per-device-batch-size", type=positive, default=16)
+    add("--gradient-accumulation-steps", type=positive, default=1)
+    add("--eval-batch-size", type=positive, default=32)
     add("--learning-rate", type=number(float, 0), default=1e-3)
     add("--seed", type=number(int, -1, 2**31 - 1), default=0)
     add("--dtype", choices=DTYPES, help="compute in this; default: the faster of the stored one and float32")
     add("--gradient-checkpointing", action="store_true", help="on the full path: less memory, more time")
-    add("--save-steps", type=number(int, 0), default=20, help="updates from one saved state to the next")
+    add("--save-steps", type=positive, default=20, help="updates from one saved state to the next")
     add("--resume", action="store_true", help="go on with the run in output_dir")
-    add("--report-to", choices=[tracker.value for tracker in LoggerType], help="one of accelerate's trackers")
+    add("--report-to", choices=LoggerType.list(), help="one of accelerate's trackers")
     args = parser.parse_args()
     if args.gradient_checkpointing and args.guard_path != "full":
         parser.error("--gradient-checkpointing needs --guard-path full")
@@ -79,11 +80,9 @@ def guard_loss(logits, labels, pos_weight, unsafe_head):
 
 
 def over_cuts(logits, cuts):
-    """A row's logits over its cuts, (B, C, 1 + K) -> (B, 1 + K). The highest weighs most, as in a verdict."""
-    counts = torch.tensor([[len(row)] for row in cuts], device=logits.device)  # (B, 1)
-    padding = torch.arange(logits.shape[1], device=logits.device) >= counts  # (B, C)
-    weights = logits.detach().masked_fill(padding[..., None], -torch.inf).softmax(dim=1)
-    return (weights * logits).sum(dim=1)
+    """Mean of each row's logits over its cuts, weighted by their softmax: (B, C, 1 + K) -> (B, 1 + K)."""
+    rows = [row[: len(ends)] for row, ends in zip(logits, cuts, strict=True)]  # (C, 1 + K), unpadded
+    return torch.stack([(row.detach().softmax(0) * row).sum(0) for row in rows])
 
 
 def main():
@@ -91,15 +90,15 @@ def main():
     output = args.output_dir or next(p for n in range(1, 10**6) if not (p := Path(f"runs/{n}")).exists())
     check_folder(output, args.resume)
     steps = args.gradient_accumulation_steps
-    # The number of steps alone would yield to ACCELERATE_GRADIENT_ACCUMULATION_STEPS; the plugin does not.
+    # A plain number of steps gives way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS; the plugin does not.
     options = {"gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=steps)}
     accelerator = start_accelerator(log_with=args.report_to, project_dir=output, **options)
     refuse(args.report_to and not accelerator.log_with, f"{args.report_to} is not installed")
-    other = accelerator.mixed_precision == "fp8" or accelerator.state.dynamo_plugin.backend.value != "NO"
-    refuse(other, "accelerate's fp8 and dynamo change the chat model; train without them")
+    changes = accelerator.mixed_precision == "fp8" or accelerator.state.dynamo_plugin.backend.value != "NO"
+    refuse(changes, "accelerate's fp8 and dynamo change the chat model; train without them")
 
     # ---------------------------------------------------------------- the guard and its rows
-    set_seed(args.seed)  # for A and the head
+    set_seed(args.seed)  # A and the head start at random
     saved = read_config(output) if args.resume else None
     guard, splits, config = load(args, accelerator, saved)
     train, unsafe_head, every = splits["train"], guard.config.unsafe_head, guard.config.verdict_every
@@ -117,10 +116,10 @@ def main():
     bar = tqdm(total=total, initial=first)
     for update in range(first, total):
         # Order, cuts and dropout follow from the seed and the update's number, so a resumed run repeats them.
-        epoch, number = divmod(update, per_epoch)
+        epoch, place = divmod(update, per_epoch)
         generator = torch.Generator().manual_seed(seed_of(args.seed, epoch))
         shifts = torch.randint(every or 1, (len(train.texts),), generator=generator).tolist()
-        rows = epoch_updates(train.lengths, rows_per_update, generator)[number]
+        rows = epoch_updates(train.lengths, rows_per_update, generator)[place]
         set_seed(seed_of(args.seed, update), device_specific=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, total, args.learning_rate)
@@ -128,9 +127,9 @@ def main():
         model.train()
         for batch in rows.view(steps, accelerator.num_processes, -1)[:, accelerator.process_index]:  # (B,)
             with accelerator.accumulate(model):
-                texts = [train.texts[row] for row in batch]
-                cuts = [text.cuts(every, shifts[row]) for text, row in zip(texts, batch, strict=True)]
-                logits = over_cuts(model([text.ids for text in texts], cuts), cuts)  # (B, 1 + K)
+                ids = [train.texts[row].ids for row in batch]
+                cuts = [train.texts[row].cuts(every, shifts[row]) for row in batch]
+                logits = over_cuts(model(ids, cuts), cuts)  # (B, 1 + K)
                 loss = guard_loss(logits, train.labels[batch].to(logits.device), pos_weight, unsafe_head)
                 accelerator.backward(loss)  # divides by the accumulation steps
                 if accelerator.sync_gradients:
@@ -145,10 +144,10 @@ def main():
         accelerator.log({"loss": mean_loss}, step=update + 1)
         bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {mean_loss:.3f}")
         bar.update()
-        if number + 1 == per_epoch:
+        if place + 1 == per_epoch:
             measured = measure(accelerator, guard, splits, args.eval_batch_size)
             save_epoch(accelerator, output, guard, measured, state, config)
-        if number + 1 == per_epoch or (update + 1) % args.save_steps == 0:
+        if place + 1 == per_epoch or (update + 1) % args.save_steps == 0:
             save_state(accelerator, output, guard, optimizer, state)
 
     # ---------------------------------------------------------------- the end
@@ -159,36 +158,39 @@ def main():
 
 
 class Split:
-    """The rows of one split, tokenised once. Only the training rows must fit the context."""
+    """The rows of one split, tokenised once. Training rows that exceed the context are left out."""
 
     def __init__(self, rows, guard, is_trained):
-        bar = tqdm(rows, desc="tokenising", leave=False)
-        encoded = [(encode_row(guard.tokenizer, row), row) for row in bar]
-        kept = [part for part in encoded if len(part[0].ids) <= guard.max_tokens or not is_trained]
-        self.texts = [text for text, _ in kept]
+        self.texts = []
+        kept = []
+        for row in tqdm(rows, desc="tokenising", leave=False):
+            text = encode_row(guard.tokenizer, row)
+            if len(text.ids) <= guard.max_tokens or not is_trained:
+                self.texts.append(text)
+                kept.append(row)
         self.lengths = torch.tensor([len(text.ids) for text in self.texts])
         self.answered = np.array([text.is_answer for text in self.texts])
-        self.labels = labels([row for _, row in kept], guard.config.categories)  # (N, 1 + K)
-        positives, known = self.labels.nansum(0), (~self.labels.isnan()).sum(0)
-        self.pos_weight = (known - positives) / positives  # (1 + K,)
+        self.labels = labels(kept, guard.config.categories)  # (N, 1 + K)
+        self.pos_weight = (self.labels == 0).sum(0) / (self.labels == 1).sum(0)  # (1 + K,)
 
 
 def load(args, accelerator, saved):
     """The new guard, its splits, and the fields of config.json. saved: the config of a run to go on with."""
     sample = str(Path(__file__).parent / "samples/sample.jsonl")
-    args.dataset = args.dataset or [sample if args.hf_model_id == EMBEDDED else BEAVERTAILS]
+    base_model = args.hf_model_id
+    args.dataset = args.dataset or [sample if base_model == EMBEDDED else BEAVERTAILS]
     rows, args.categories, notes = load_splits(args.dataset)
-    chat_model, tokenizer = load_chat_model(args.hf_model_id)
+    chat_model, tokenizer = load_chat_model(base_model)
     base_fingerprint = fingerprint(chat_model, tokenizer)
-    is_local = args.hf_model_id != EMBEDDED and Path(args.hf_model_id).exists()
-    # Not resolve(): in the hub's cache a file is a link, and only the link has the name.
-    base_model = str(Path(args.hf_model_id).absolute()) if is_local else args.hf_model_id
+    if base_model != EMBEDDED and Path(base_model).exists():
+        # Not resolve(): in the hub's cache a file is a link, and only the link has the name.
+        base_model = str(Path(base_model).absolute())
     stored = str(chat_model.dtype).removeprefix("torch.")
     dtype = args.dtype
-    if saved:  # templates may show the date, and a timing may choose another dtype today
+    if saved:  # go on with that run's date and dtype, because today's could differ
         args.date = saved["guard"].get("date")
         dtype = dtype or saved["arguments"].get("compute_dtype")
-    settings = {field.name: getattr(args, field.name) for field in fields(GuardConfig)}
+    settings = {name: getattr(args, name) for name in asdict(GuardConfig())}
     guard = build_guard(chat_model, tokenizer, settings, accelerator.device)
     notes.append(use_fast_dtype(guard, dtype))
     if args.gradient_checkpointing:
@@ -209,7 +211,7 @@ def load(args, accelerator, saved):
 
 
 def digest(split, categories):
-    """What tells the rows of two runs apart, wherever their files are."""
+    """A digest of a split's texts and labels, wherever its files are."""
     content = json.dumps([[text[:3] for text in split.texts], split.labels.tolist(), categories])
     return f"{len(split.texts)}, sha256 {hashlib.sha256(content.encode()).hexdigest()}"
 
@@ -219,8 +221,7 @@ def checkpoint_gradients(guard):
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import, and seldom needed
 
     layers = [m for m in guard.modules() if isinstance(m, GradientCheckpointingLayer)]
-    kind = type(guard.chat_model).__name__
-    refuse(not layers, f"a {kind} has no layers for gradient checkpointing")
+    refuse(not layers, f"a {type(guard.chat_model).__name__} has no layers for gradient checkpointing")
     # The backward pass may run in another thread, where the gate is shut.
     options = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), guard.gate.opened())}
     for layer in layers:
@@ -230,9 +231,9 @@ def checkpoint_gradients(guard):
 # ---------------------------------------------------------------- what follows from the seed
 
 
-def seed_of(seed, number):
+def seed_of(seed, n):
     """A seed of its own for each pair, so that no two runs share an epoch's order."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence((seed, n)).generate_state(1)[0] >> 1)
 
 
 def epoch_updates(lengths, rows_per_update, generator):
@@ -241,9 +242,10 @@ def epoch_updates(lengths, rows_per_update, generator):
     Rows of similar length share an update, so little is padding. Every update is full, topped up with rows
     of the same epoch, so every gradient is a mean over the same number of rows.
     """
-    rows, count = len(lengths), math.ceil(len(lengths) / rows_per_update)
-    order = torch.randperm(rows, generator=generator).repeat(rows_per_update // rows + 2)
-    order = order[: count * rows_per_update]
+    rows = len(lengths)
+    count = math.ceil(rows / rows_per_update)
+    places = torch.arange(count * rows_per_update) % rows  # after the last row the first ones come again
+    order = torch.randperm(rows, generator=generator)[places]
     noise = 1 + 0.2 * torch.rand(len(order), generator=generator)  # so the same rows do not always meet
     updates = order[(lengths[order] * noise).argsort(stable=True)].view(count, rows_per_update)
     return updates[torch.randperm(count, generator=generator)]

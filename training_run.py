@@ -19,7 +19,7 @@ from errors import explain, refuse, write_whole
 from metrics import DEFAULT_RATE, calibrate, metrics, operating_points, unsafe_score
 from model import NEVER, GuardConfig
 
-TRAIN_SAMPLE = 48  # training rows at most that are scored after each epoch
+TRAIN_SAMPLE = 48  # at most so many training rows are scored after an epoch
 # The arguments that change the result, besides the rows and the chat model
 LEARNING = ("guard_path", "guard_prompt", "lora_targets", "lora_r", "lora_alpha", "lora_dropout")
 LEARNING += ("unsafe_head", "clf_head_bias", "epochs", "per_device_batch_size", "gradient_accumulation_steps")
@@ -44,16 +44,15 @@ def read_config(output):
 
 
 def what_counts(config):
-    """The parts of config.json that fix what a run learns."""
+    """The parts of config.json that decide what a run learns."""
     learning = {name: config["arguments"].get(name) for name in LEARNING}
     return learning | config["base_fingerprint"] | config["rows"]
 
 
 def open_run(accelerator, output, guard, optimizer, config, saved):
-    """A run's state. With a `saved` config its adapter and moments go into guard and optimizer."""
+    """The state of a new run, or of the saved one, whose adapter and moments go into guard and optimizer."""
     state = {"update": 0, "losses": [], "metrics": [], "run": what_counts(config)}
-    if accelerator.log_with:
-        accelerator.init_trackers("lora-guard", {name: str(value) for name, value in config.items()})
+    accelerator.init_trackers("lora-guard", {name: str(value) for name, value in config.items()})
     accelerator.wait_for_everyone()  # so no process's check_folder sees the files of this run
     if saved:
         refuse_other(output, what_counts(config), what_counts(saved))
@@ -86,9 +85,8 @@ def read_state(path, guard, optimizer, run):
 def save_state(accelerator, output, guard, optimizer, state):
     """Write all that --resume needs in one file, so all parts belong to the same update."""
     if accelerator.is_main_process:
-        adapter = {name: parameter.detach().cpu() for name, parameter in guard.adapter().items()}
         buffer = io.BytesIO()
-        torch.save(state | {"adapter": adapter, "optimizer": optimizer.optimizer.state_dict()}, buffer)
+        torch.save(state | {"adapter": guard.adapter(), "optimizer": optimizer.state_dict()}, buffer)
         write_whole(output / "checkpoints/state.pt", buffer.getbuffer())
 
 
@@ -105,29 +103,31 @@ def parameter_counts(guard):
 
 
 def measure(accelerator, guard, splits, batch_size):
-    """Calibrate and choose thresholds on validation -> (shift, temperature), points, row of metrics.csv."""
-    logits, targets, answered = {}, {}, {}
+    """Calibrate, and set the guard's thresholds -> (shift, temperature), points, row of metrics.csv."""
+    parts = {}
     for name, split in splits.items():
         rows = np.arange(len(split.texts))
-        rows = np.random.default_rng(0).permutation(rows)[:TRAIN_SAMPLE] if name == "train" else rows
-        logits[name] = score(accelerator, guard, [split.texts[row] for row in rows], batch_size).numpy()
-        targets[name] = split.labels.numpy()[rows]
-        answered[name] = split.answered[rows]
-    calibration = calibrate(logits["validation"], targets["validation"], splits["train"].pos_weight.numpy())
-    scores = {name: unsafe_score(z, calibration, guard.config.unsafe_head) for name, z in logits.items()}
-    points = operating_points(targets["validation"][:, 0], scores["validation"], answered["validation"])
-    default = str(DEFAULT_RATE)
-    guard.config.threshold, _ = points["answer"].get(default, (GuardConfig.threshold, None))
-    guard.config.prompt_threshold, _ = points["prompt"].get(default, (NEVER, None))
-    row = {"threshold": guard.config.threshold, "prompt_threshold": guard.config.prompt_threshold}
-    for split, target in targets.items():
-        flag_from = np.where(answered[split], guard.config.threshold, guard.config.prompt_threshold)
-        found = {split: metrics(target[:, 0], scores[split], scores[split] >= flag_from)}
-        for k, category in enumerate(guard.config.categories, 1):
-            known = ~np.isnan(target[:, k])
-            z = logits[split][known, k]
+        if name == "train":
+            rows = np.random.default_rng(0).permutation(rows)[:TRAIN_SAMPLE]
+        logits = score(accelerator, guard, [split.texts[row] for row in rows], batch_size).numpy()
+        parts[name] = (logits, split.labels.numpy()[rows], split.answered[rows])
+    logits, targets, answered = parts["validation"]
+    calibration = calibrate(logits, targets, splits["train"].pos_weight.numpy())
+    settings = guard.config
+    scores = {name: unsafe_score(part[0], calibration, settings.unsafe_head) for name, part in parts.items()}
+    points = operating_points(targets[:, 0], scores["validation"], answered)
+    rate = str(DEFAULT_RATE)
+    settings.threshold, _ = points["answer"].get(rate, (GuardConfig.threshold, None))
+    settings.prompt_threshold, _ = points["prompt"].get(rate, (NEVER, None))
+    row = {"threshold": settings.threshold, "prompt_threshold": settings.prompt_threshold}
+    for split, (logits, targets, answered) in parts.items():
+        flag_from = np.where(answered, settings.threshold, settings.prompt_threshold)
+        found = {split: metrics(targets[:, 0], scores[split], scores[split] >= flag_from)}
+        for k, category in enumerate(settings.categories, 1):
+            known = ~np.isnan(targets[:, k])
+            z = logits[known, k]
             # Where a logit turns positive, the weighted loss is balanced between misses and false alarms.
-            found[f"{split}/{category}"] = metrics(target[known, k], z, z >= 0)
+            found[f"{split}/{category}"] = metrics(targets[known, k], z, z >= 0)
         row |= {f"{part}/{metric}": value for part in found for metric, value in found[part].items()}
     return calibration, points, row
 
@@ -148,11 +148,14 @@ def best_epoch(state):
 
 def summary(output, state, updates, seconds, device):
     """What a run says at its end. seconds: time for these updates and the measurements between them."""
-    best, too_few = best_epoch(state), "validation has too few safe or unsafe rows"
+    best = best_epoch(state)
     validation, test = best["validation/auprc"], best["test/auprc"]
-    lines = [f"epoch {best['epoch']} is the best: validation AUPRC {validation:.3f}, test AUPRC {test:.3f}"]
-    lines.append(f"{updates} updates took {seconds / 60:.1f} minutes on {processor(device)}")
-    lines.append(f"the guard is {output / 'adapter.safetensors'}")
+    too_few = "validation has too few safe or unsafe rows"
+    lines = [
+        f"epoch {best['epoch']} is the best: validation AUPRC {validation:.3f}, test AUPRC {test:.3f}",
+        f"{updates} updates took {seconds / 60:.1f} minutes on {processor(device)}",
+        f"the guard is {output / 'adapter.safetensors'}",
+    ]
     if best["threshold"] == GuardConfig.threshold:
         lines.append(f"it flags answers from {GuardConfig.threshold}: {too_few} with a response")
     if best["prompt_threshold"] == NEVER:
@@ -215,9 +218,9 @@ def draw_curves(path, state):
 
 def calibrated(guard, shift, temperature):
     """What is saved: LoRA, and a head whose logits are calibrated: V' = V / T, b' = (b - shift) / T."""
-    weight, bias = guard.head.weight.detach(), guard.head.bias
-    shift, temperature = (torch.tensor(values[-len(weight) :]).to(weight) for values in (shift, temperature))
-    bias = (0 if bias is None else bias.detach()) - shift
+    weight, bias = guard.head.weight, guard.head.bias
+    shift, temperature = (weight.new_tensor(values[-len(weight) :]) for values in (shift, temperature))
+    bias = (0 if bias is None else bias) - shift
     head = {"guard_head.weight": weight / temperature[:, None], "guard_head.bias": bias / temperature}
     return guard.adapter() | head
 
