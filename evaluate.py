@@ -116,7 +116,7 @@ def running(guard, rows, texts):
     """What verdicts on the way add to those at the ends of answers."""
     answers = [(text, row["is_safe"]) for text, row in zip(texts, rows, strict=True) if text.is_answer]
     judged = guard.judge([text for text, _ in answers], progress="judging on the way")
-    first_flags, by_half = [], []  # of flagged answers: the token of the first flag, and if that is by half
+    first_flags, by_half = [], []  # of flagged answers: the token of the first flag; is it by half?
     passed = []  # of the other safe answers: cut on the way?
     for (text, is_safe), (cuts, logits) in zip(answers, judged, strict=True):
         verdicts = [guard.verdict(text, *one) for one in zip(cuts.split(1), logits.split(1), strict=True)]

@@ -57,7 +57,7 @@ class LoRALinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.in_fp32 = in_fp32
         # fp32 even on a bf16 base: bf16 would round away most of Adam's steps.
-        tensor = next(itertools.chain(base.parameters(), base.buffers()))  # of the layer's device
+        tensor = next(itertools.chain(base.parameters(), base.buffers()))  # any of them knows the device
         place = {"dtype": torch.float32, "device": tensor.device}
         self.lora_A = nn.Parameter(torch.empty(r, size[0], **place))
         self.lora_B = nn.Parameter(torch.zeros(size[1], r, **place))
@@ -115,11 +115,23 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None, i
 
 @torch.no_grad()
 def merge_lora(model):
-    """Replace W by W + (alpha / r) B A in every LoRALinear around an nn.Linear. It cannot chat then."""
+    """Replace W by W + (alpha / r) B A, so the guard judges whole texts faster. The model can no longer chat.
+
+    Layers that are no nn.Linear, or whose W is quantised, keep their LoRALinear.
+    """
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoRALinear) and type(layer.base) is nn.Linear:
-            layer.base.weight += layer.scaling * (layer.lora_B @ layer.lora_A)  # (out, in), added in fp32
+        is_plain = isinstance(layer, LoRALinear) and type(layer.base) is nn.Linear
+        if is_plain and type(layer.base.weight) is nn.Parameter:
+            weight = layer.base.weight
+            merged = weight + layer.scaling * (layer.lora_B @ layer.lora_A)  # (out, in), in fp32
+            # A new one, because layers may share a W and have updates of their own.
+            layer.base.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
             model.set_submodule(name, layer.base)
+    model.generate = refuse_to_chat
+
+
+def refuse_to_chat(*_, **__):
+    raise ValueError("this model has the guard in its weights and only judges; load it again to chat")
 
 
 @torch.no_grad()

@@ -30,9 +30,9 @@ import checks
 from lora import LoRALinear, inject_lora, reached_layers
 
 NEVER = 2.0  # a threshold that no probability reaches
-BATCH_TOKENS = 2**14  # at most in a batch to judge; more would not fit in memory
+BATCH_TOKENS = 2**14  # at most in a batch to judge; more may not fit in memory
 HARM = attrgetter("flagged", "unsafe")  # sorts verdicts: flagged ones (NaN too) above others
-CUTS = 256  # at most in one pass; the mask of more would not fit in memory
+CUTS = 256  # at most in one pass; the mask of more may not fit in memory
 
 
 @dataclass
@@ -50,7 +50,7 @@ class GuardConfig:
     clf_head_bias: bool = True
     threshold: float = 0.5  # an answer is flagged from this unsafe probability
     prompt_threshold: float = NEVER  # a prompt is flagged from this one
-    verdict_every: int = 32  # tokens between verdicts on a text, which has one at its end too; 0: only that
+    verdict_every: int = 32  # tokens between verdicts on a text; its end always has one; 0: the end alone
     date: str = field(default_factory=lambda: date.today().isoformat())  # what a chat template calls today
 
     def __post_init__(self):
@@ -106,9 +106,10 @@ class GuardedChat(nn.Module):
 
     def states(self, conversations, cuts, cache=None):
         """What the guard head reads (B, C, H). cache: the chat path's of these texts, if it has read them."""
-        # (B, T) and (B, C), filled up on the right. Nobody looks at the cuts that fill up.
-        ids = pad_sequence([self.tensor(row)[0] for row in conversations], batch_first=True)
-        cuts = pad_sequence([self.tensor(row)[0] for row in cuts], batch_first=True, padding_value=1)
+        # Padding is on the right: causal attention does not see it, and `ask` masks it.
+        ids = pad_sequence([self.tensor(row)[0] for row in conversations], batch_first=True)  # (B, T)
+        most = max(map(len, cuts))  # a shorter list of cuts repeats its last one
+        cuts = self.tensor([row + row[-1:] * (most - len(row)) for row in cuts])[0]  # (B, C)
         if self.is_full:
             with self.gate.opened():
                 hidden = self.chat_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -145,7 +146,7 @@ class GuardedChat(nn.Module):
         cache = chat.fork(cache)
         tokens, size = cache.get_seq_length(), self.guard_prompt_ids.shape[1]
         options = {"past_key_values": cache, "use_cache": True}
-        if cuts.tolist() != [[tokens]] * len(cuts):  # else one prompt follows each whole text
+        if cuts.tolist() != [[tokens]] * len(cuts):  # else one prompt follows each whole text: no mask
             ends = cuts.repeat_interleave(size, dim=1)  # (B, C * M), the cut of each slot
             slots = torch.arange(ends.shape[1], device=cuts.device)
             before = torch.arange(tokens, device=cuts.device) < ends[..., None]  # (B, C * M, T)
@@ -237,8 +238,7 @@ class GuardedChat(nn.Module):
         for answer, done in self.chat_model.generate(ids, **options):
             if done or not answer or (every and len(answer) % every == 0):
                 text = chat.Text(past.ids, len(prompt.ids), True) if answer else prompt
-                at_end = answer and not self.is_full  # it has been judged on its way
-                cuts = text.cuts(0 if at_end else self.config.verdict_every)
+                cuts = text.cuts(0 if answer and not self.is_full else self.config.verdict_every)
                 logits = self.guard_logits(self.states([text.ids], [cuts], past.cache)[0])  # (C, 1 + K)
                 verdicts = [] if answer else self.verdicts(prompt.undisguised)
                 yield answer, max([self.verdict(text, torch.tensor(cuts), logits), *verdicts], key=HARM)

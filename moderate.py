@@ -211,7 +211,7 @@ def judged(guard, rows):
 
 
 def done_rows(guard, source, target):
-    """How many rows and errors `target` has, less a last half line. Raises UserError for other rows."""
+    """How many rows and errors `target` has, cut to whole lines. Raises UserError for other rows."""
     done, failed, size, rows = 0, 0, 0, rows_of(source)
     for line in open(target, "rb") if target.exists() else ():  # noqa: SIM115
         where, _, columns = next(rows, (None, None, {}))

@@ -102,13 +102,29 @@ def test_update_is_computed_in_the_dtype_that_was_chosen(in_fp32, dtype):
 
 @pytest.mark.parametrize("kind", BASES)
 def test_merged_layer_computes_what_the_open_gate_does(kind):
-    """Kills: no scaling, a transposed update, a Conv1D or quantised layer that is merged or left out."""
+    """Kills: no scaling, a transposed update, a Conv1D or quantised layer that is merged or lost."""
     model = nn.Sequential(make_layer(kind))
     with model[0].gate.opened():
         wanted = model(x)
         merge_lora(model)
         torch.testing.assert_close(model(x), wanted)
     assert (type(model[0]) is nn.Linear) == (kind == "Linear")
+    with pytest.raises(ValueError, match="only judges"):
+        model.generate(x)
+
+
+def test_layers_that_share_a_weight_are_merged_each_for_itself():
+    """Kills: a merge in place, which would add every update to both layers."""
+    first, second = make_layer(), make_layer()
+    second.base.weight = first.base.weight
+    nn.init.normal_(second.lora_A)
+    model = nn.ModuleList([first, second])
+    wanted = []
+    for layer in model:
+        with layer.gate.opened():
+            wanted.append(layer(x))
+    merge_lora(model)
+    torch.testing.assert_close([layer(x) for layer in model], wanted)
 
 
 def test_dropout_acts_in_training_only_and_on_the_update_only():

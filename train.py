@@ -211,7 +211,7 @@ def load(args, accelerator, saved):
 
 
 def digest(split, categories):
-    """A digest of a split's texts and labels, wherever its files are."""
+    """A digest of a split's texts and labels. It does not depend on where the files are."""
     content = json.dumps([[text[:3] for text in split.texts], split.labels.tolist(), categories])
     return f"{len(split.texts)}, sha256 {hashlib.sha256(content.encode()).hexdigest()}"
 

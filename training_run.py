@@ -19,7 +19,7 @@ from errors import explain, refuse, write_whole
 from metrics import DEFAULT_RATE, calibrate, metrics, operating_points, unsafe_score
 from model import NEVER, GuardConfig
 
-TRAIN_SAMPLE = 48  # at most so many training rows are scored after an epoch
+TRAIN_SAMPLE = 48  # score at most this many training rows after an epoch
 # The arguments that change the result, besides the rows and the chat model
 LEARNING = ("guard_path", "guard_prompt", "lora_targets", "lora_r", "lora_alpha", "lora_dropout")
 LEARNING += ("unsafe_head", "clf_head_bias", "epochs", "per_device_batch_size", "gradient_accumulation_steps")

@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from checkpoint import adapter_header, fingerprint, load_chat_model, load_guard, save_adapter, use_fast_dtype
 from checks import context_length
 from errors import UserError, one_line
-from lora import LoRALinear
+from lora import LoRALinear, merge_lora
 
 TURNS = [("how is the bread?" * 2, "harmful"), ("hi", "safe"), ("the answer is harmful", "or not")]
 
@@ -123,6 +123,16 @@ def test_a_text_within_the_window_is_asked_at_once(kind):
         assert asked == passes
 
 
+@pytest.mark.parametrize("kind", ["mpt", "mistral"])
+def test_asked_in_turn_no_neighbour_matters(kind):
+    """Kills: a text that is read in other pieces because a neighbour in the batch has more cuts."""
+    guard, asked = make_guard(kind), []
+    ask = guard.ask
+    guard.ask = lambda cache, cuts: asked.extend(cuts.flatten().tolist()) or ask(cache, cuts)
+    guard([text(31), text(120)], [[31], [3, 60, 90, 120]])
+    assert asked == [31, 3, 60, 90, 120]
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_8_bit_base_is_guarded_by_adapters_in_fp32(path, tmp_path):
     """Kills: adapters in the base's type, a base of plain tensors only, a cast of quantised matrices."""
@@ -140,6 +150,9 @@ def test_8_bit_base_is_guarded_by_adapters_in_fp32(path, tmp_path):
         use_fast_dtype(guard, "bfloat16")
     [*_, (answer, _)] = guard.stream(asked(conversations(tokenizer)[0]), max_new_tokens=8)
     assert len(answer) == 8
+    before = score(guard, conversations(tokenizer))
+    merge_lora(guard.chat_model)  # nothing can be added to weights in 8 bits
+    assert torch.equal(score(guard, conversations(tokenizer)), before) and lora_layers(guard)
 
 
 @pytest.mark.parametrize("path", PATHS)

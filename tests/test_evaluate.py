@@ -55,10 +55,7 @@ def lines_of(path):
 
 @pytest.mark.parametrize("path", ["activated", "full"])
 def test_the_command_gives_the_fields_of_the_contract(path, result, tmp_path):
-    """Kills: logits for probabilities, an unread response, swapped labels, a lost field, row or column.
-
-    And an activated guard that is merged, a full one that is merged wrongly.
-    """
+    """Kills: logits for probabilities, an unread response, swapped labels, a lost field, a wrong merge."""
     result.guard = make_guard(guard_path=path, prompt_threshold=2.0, threshold=0.0)
     unmerged = make_guard(guard_path=path)
     found = result(ROWS, "--json", "--scores", tmp_path / "scores.jsonl")
