@@ -239,7 +239,7 @@ def main():
     alone = accelerator.num_processes == 1
     refuse(not (alone or args.input), "several processes can share the rows of --input only")
     guard = guard_of(args)
-    if args.input or args.dtype or args.response is not None:  # an answer is written in the stored one
+    if args.input or args.dtype or args.response is not None:  # else an answer is written as stored
         accelerator.print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
     if args.input:
         if guard.is_full:  # nothing chats here

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checkpoint import load_guard, use_fast_dtype
 from errors import DTYPES, explain, refuse, run
-from lora import LoRALinear, merge_lora
+from lora import merge_lora
 from training_run import write_json
 
 LORA = "base_model.model."  # how PEFT's names begin
@@ -83,9 +83,8 @@ def write_classifier(guard, folder):
     reason = "no engine serves LoRA at the last token alone with such a head; train with --guard-path full"
     refuse(not guard.is_full, f"this guard is of the activated path, and {reason}")
     refuse(kind not in CLASSIFIERS, f"vLLM has no classifier for a {kind}; it has: {', '.join(CLASSIFIERS)}")
+    refuse(getattr(model, "is_quantized", False), "the LoRA update cannot be added to quantised weights")
     merge_lora(model)
-    left = any(isinstance(module, LoRALinear) for module in model.modules())
-    refuse(left, "the LoRA update of some layers cannot be added to their weights")
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("model.")}
     tensors |= {f"score.{name}": tensor for name, tensor in guard.head.state_dict().items()}
     # transformers would drop score.bias with a warning. It does not look for files with these names.
