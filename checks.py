@@ -23,10 +23,10 @@ TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.02}  # and 1e-4 in fp32
 
 def check_settings(config):
     """Raise ValueError for a GuardConfig that makes no sense."""
-    numbers = [config.lora_r, config.lora_alpha, config.lora_dropout]
-    numbers += [config.threshold, config.prompt_threshold]
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-        raise ValueError("a number is not a finite one")
+    for name in ("lora_r", "lora_alpha", "lora_dropout", "threshold", "prompt_threshold"):
+        number = getattr(config, name)
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise ValueError(f"{name} is {number!r}, and must be a finite number")
     names = config.categories
     different = type(names) is list and len(set(names)) == len(names)
     for is_right, message in (
@@ -81,8 +81,10 @@ def try_out(guard):
 @torch.no_grad()
 def compare(guard):
     """Judge and answer two short texts. Raises ValueError that says what differs."""
-    texts = ("Hello", "How do I keep bread fresh? " * 12)
-    short, long = (chat.encode(guard.tokenizer, [{"role": "user", "content": text}]) for text in texts)
+    hello = {"role": "user", "content": "Hello"}
+    bread = {"role": "user", "content": "How do I keep bread fresh? " * 12}
+    short = chat.encode(guard.tokenizer, [hello])
+    long = chat.encode(guard.tokenizer, [bread])
     model = guard.chat_model
     long_ids = long.ids[: guard.max_tokens]
     ids = guard.tensor(long_ids)  # (1, T)
@@ -102,7 +104,8 @@ def compare(guard):
     *_, (answer, _) = guard.stream(short, verdict_every=2, **options)
     ids = guard.tensor(short.ids)
     options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": guard.tokenizer.pad_token_id}
-    plain = model.generate(ids, do_sample=False, **options)[0, ids.shape[1] :].tolist()
+    generated = model.generate(ids, do_sample=False, **options)
+    plain = generated[0, ids.shape[1] :].tolist()
     if answer != plain[: len(answer)]:  # an end token is no part of the answer
         raise ValueError("its answers under guard are not those of `generate`")
 
@@ -114,10 +117,12 @@ def judge_at_once(guard, short, long):
     """
     cuts = [[2, len(short)], [2, len(long)]]
     guard.window = 0  # makes the activated path ask in turn
-    alone = torch.cat([guard.states([short], cuts[:1]), guard.states([long], cuts[1:])])
+    alone = [guard.states([short], cuts[:1]), guard.states([long], cuts[1:])]
+    alone = torch.cat(alone)  # (2, 2, H)
     guard.window = window_of(guard.chat_model.config.get_text_config())
     try:
-        expect_equal("beside a longer text", guard.states([short, long], cuts), alone)
+        together = guard.states([short, long], cuts)
+        expect_equal("beside a longer text", together, alone)
     except Exception:
         if guard.is_full:
             raise
@@ -144,7 +149,9 @@ def sees_what_follows(model, ids, end):
 
 def expect_equal(where, states, wanted):
     """Raise ValueError unless all hidden states (..., H) are those of one computation."""
-    apart = ((states - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)).max().item()
+    distances = (states - wanted).float().norm(dim=-1)
+    lengths = wanted.float().norm(dim=-1)
+    apart = (distances / lengths).max().item()
     if not apart <= TOLERANCE.get(wanted.dtype, 1e-4):
         raise ValueError(f"a text has other hidden states {where} ({apart:.2g} of their length apart)")
 
@@ -155,24 +162,27 @@ def context_length(config):
     Beyond longrope's original length a model rotates all tokens of a batch in another way, so a verdict would
     depend on its neighbours.
     """
+    names = ("max_position_embeddings", "max_seq_len")  # the last one is MPT's
+    limits = [getattr(config, name, None) for name in names]
     rope = getattr(config, "rope_parameters", None) or {}
-    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
-    limits = [p["original_max_position_embeddings"] for p in parts if p.get("rope_type") == "longrope"]
-    limits += [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # MPT's
+    for part in (rope, *rope.values()):  # some models have a rope for each kind of layer
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limits.append(part["original_max_position_embeddings"])
     return min(filter(None, limits), default=sys.maxsize)
 
 
 def window_of(config):
     """How many tokens every layer can look back, the token itself included."""
     names = ("sliding_window", "attention_chunk_size", "window_size")  # the last one is GPT-Neo's
-    return min(filter(None, (getattr(config, name, None) for name in names)), default=sys.maxsize)
+    windows = [getattr(config, name, None) for name in names]
+    return min(filter(None, windows), default=sys.maxsize)
 
 
 def fix_date(template, date):
     """The chat template with this date for today's; the same text would have another verdict every day."""
     today = datetime.fromisoformat(date)
     call = r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)"
-    fixed = re.sub(call, lambda found: repr(today.strftime(found[2])), template)
+    fixed = re.sub(call, lambda match: repr(today.strftime(match[2])), template)
     live = re.search(r"strftime_now(?!\s+is\s+(not\s+)?defined)", fixed)
     refuse(live, "the chat template asks for the date without a literal format; it would change every day")
     return fixed

@@ -58,19 +58,23 @@ def one_line(error):
 
 def printable(text):
     """The text without characters that could move a terminal's cursor, recolour it or reorder it."""
-    return "".join(c for c in text if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf"))
+    harmless = "\n\t\u200c\u200d"
+    kept = (c for c in text if c in harmless or unicodedata.category(c) not in ("Cc", "Cf"))
+    return "".join(kept)
 
 
 def undisguised(text):
     """The text in Unicode's form NFKC without format characters (Cf), if that changes its ASCII words."""
-    plain = unicodedata.normalize("NFKC", "".join(c for c in text if unicodedata.category(c) != "Cf"))
-    words, plain_words = (re.findall("[A-Za-z]+", form) for form in (text, plain))
-    return text if words == plain_words else plain
+    visible = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    plain = unicodedata.normalize("NFKC", visible)
+    has_same_words = re.findall("[A-Za-z]+", text) == re.findall("[A-Za-z]+", plain)
+    return text if has_same_words else plain
 
 
 def to_json(value):
     """JSON in one line, with null for NaN, which other languages cannot read, and dates as text."""
-    return json.dumps(json.loads(json.dumps(value, default=str), parse_constant=lambda _: None))
+    with_nan = json.dumps(value, default=str)
+    return json.dumps(json.loads(with_nan, parse_constant=lambda _: None))
 
 
 def refuse_twins(names):
@@ -134,8 +138,9 @@ def check_output(path, *suffixes, inputs=()):
     ends = " or ".join(suffixes)
     refuse(suffixes and path.suffix not in suffixes, f"the name of {path} must end in {ends}")
     refuse(path.exists() and not path.is_file(), f"{path} is there and is not a file")
-    overwrites = path.exists() and any(Path(name).exists() and path.samefile(name) for name in inputs)
-    refuse(overwrites, f"writing {path} would destroy its input; name another file")
+    for name in inputs:
+        overwrites = path.exists() and Path(name).exists() and path.samefile(name)
+        refuse(overwrites, f"writing {path} would destroy its input; name another file")
     folder = path.resolve().parent
     writable = folder.is_dir() and os.access(folder, os.W_OK)
     refuse(not writable, f"cannot write {path}: no folder {folder} to write in")
@@ -155,3 +160,8 @@ def write_whole(path, content):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_json(path, content):
+    """Write an object as indented JSON, whole."""
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -37,15 +37,16 @@ def main():
     if args.scores:
         check_output(args.scores, ".jsonl", inputs=args.dataset)
     rows, sources = evaluation_rows(args.dataset)
-    taken = {name for row in rows for name in row} & {"unsafe_probability", "flagged", "categories"}
-    refuse(
-        args.scores and taken, f"--scores would replace the rows' own {', '.join(sorted(taken))}; rename it"
-    )
+    names = {name for row in rows for name in row}
+    taken = ", ".join(sorted(names & {"unsafe_probability", "flagged", "categories"}))
+    refuse(args.scores and taken, f"--scores would replace the rows' own {taken}; rename it")
     guard = guard_of(args)
     print(use_fast_dtype(guard, args.dtype), file=sys.stderr)
     if guard.is_full:  # nothing chats here
         merge_lora(guard.chat_model)
-    texts = [encode_row(guard.tokenizer, row) for row in tqdm(rows, desc="tokenising", leave=False)]
+    texts = []
+    for row in tqdm(rows, desc="tokenising", leave=False):
+        texts.append(encode_row(guard.tokenizer, row))
     verdicts = guard.verdicts(texts, "judging")
     result = measure(guard.config, rows, sources, verdicts)
     if args.running:
@@ -54,7 +55,8 @@ def main():
     result = to_json(result)
     print(result if args.json else table(json.loads(result)), flush=True)
     if args.scores:
-        lines = [json_line(row | verdict.fields()) for row, verdict in zip(rows, verdicts, strict=True)]
+        pairs = zip(rows, verdicts, strict=True)
+        lines = [json_line(row | verdict.fields()) for row, verdict in pairs]
         write_whole(args.scores, b"".join(lines))
 
 
@@ -63,21 +65,28 @@ def evaluation_rows(names):
     parts = list(read_rows(names))
     if not Path(names[0]).exists():  # a hub id
         parts = [part for part in parts if part[1] == "test"] or parts
-    rows = [row for _, _, rows in parts for row in rows]
+    rows, sources = [], []
+    for name, _, part_rows in parts:
+        rows += part_rows
+        sources += [name] * len(part_rows)
     refuse(not rows, f"{' '.join(names)}: there are no rows to evaluate on")
-    return rows, np.array([name for name, _, rows in parts for _ in rows])
+    return rows, np.array(sources)
 
 
 def measure(config, rows, sources, verdicts):
     """The figures of N rows. sources: the name of each one's file (N,)."""
     targets = labels(rows, config.categories).numpy()  # (N, 1 + K), NaN where unknown
-    scores = np.nan_to_num([[v.unsafe, *v.categories.values()] for v in verdicts], nan=1.0)  # (N, 1 + K)
-    columns = (targets[:, 0] == 1, scores[:, 0], np.array([v.flagged for v in verdicts]))  # each (N,)
+    scores = [[verdict.unsafe, *verdict.categories.values()] for verdict in verdicts]
+    scores = np.nan_to_num(scores, nan=1.0)  # (N, 1 + K)
+    flagged = np.array([verdict.flagged for verdict in verdicts])
+    columns = (targets[:, 0] == 1, scores[:, 0], flagged)  # each (N,)
     result = {"threshold": config.threshold, "prompt_threshold": config.prompt_threshold}
-    result |= counts(*columns) | {"sources": {}, "categories": {}}
-    for name in dict.fromkeys(sources) if len(set(sources)) > 1 else ():
-        result["sources"][name] = counts(*(column[sources == name] for column in columns))
-    _, prompts = np.unique([prompt_key(row) for row in rows], return_inverse=True)
+    result |= counts(columns) | {"sources": {}, "categories": {}}
+    if len(set(sources)) > 1:
+        for name in dict.fromkeys(sources):
+            result["sources"][name] = counts(picked(columns, sources == name))
+    keys = [prompt_key(row) for row in rows]
+    _, prompts = np.unique(keys, return_inverse=True)
     result["intervals"] = bootstrap(columns, prompts)
     labelled = {name for row in rows for name in row["category"]}
     result["unknown_categories"] = sorted(labelled - set(config.categories))
@@ -90,10 +99,15 @@ def measure(config, rows, sources, verdicts):
     return result
 
 
-def counts(unsafe, scores, flagged):
-    """evaluation() with the number of rows and of unsafe ones. Each column: (N,)."""
-    found = {"rows": len(unsafe), "positives": int(unsafe.sum())}
-    return found | evaluation(unsafe, scores, flagged)
+def counts(columns):
+    """The numbers of rows and of unsafe ones, and evaluation() of these columns (N,)."""
+    unsafe, _, _ = columns
+    return {"rows": len(unsafe), "positives": int(unsafe.sum())} | evaluation(*columns)
+
+
+def picked(columns, rows):
+    """Some rows of each column."""
+    return [column[rows] for column in columns]
 
 
 def bootstrap(columns, prompts, draws=1000):
@@ -103,27 +117,37 @@ def bootstrap(columns, prompts, draws=1000):
     """
     draws = min(draws, max(100, 10**7 // len(prompts)))
     generator = np.random.default_rng(0)
-    groups = np.split(np.argsort(prompts, kind="stable"), np.bincount(prompts).cumsum()[:-1])
+    by_prompt = np.argsort(prompts, kind="stable")
+    ends = np.bincount(prompts).cumsum()
+    groups = np.split(by_prompt, ends[:-1])  # the rows of each prompt
     found = []
     for _ in tqdm(range(draws), desc="intervals", leave=False):
-        rows = np.concatenate([groups[n] for n in generator.integers(len(groups), size=len(groups))])
-        found.append(evaluation(*(column[rows] for column in columns)))
-    known = [name for name, value in evaluation(*columns).items() if not np.isnan(value)]
-    return {name: np.nanpercentile([each[name] for each in found], (2.5, 97.5)).tolist() for name in known}
+        drawn = generator.integers(len(groups), size=len(groups))
+        rows = np.concatenate([groups[n] for n in drawn])
+        found.append(evaluation(*picked(columns, rows)))
+    intervals = {}
+    for name, value in evaluation(*columns).items():
+        if not np.isnan(value):
+            values = [figures[name] for figures in found]
+            intervals[name] = np.nanpercentile(values, (2.5, 97.5)).tolist()
+    return intervals
 
 
 def running(guard, rows, texts):
     """What verdicts on the way add to those at the ends of answers."""
-    answers = [(text, row["is_safe"]) for text, row in zip(texts, rows, strict=True) if text.is_answer]
+    pairs = zip(texts, rows, strict=True)
+    answers = [(text, row["is_safe"]) for text, row in pairs if text.is_answer]
     judged = guard.judge([text for text, _ in answers], progress="judging on the way")
     first_flags, by_half = [], []  # of flagged answers: the token of the first flag; is it by half?
     passed = []  # of the other safe answers: cut on the way?
     for (text, is_safe), (cuts, logits) in zip(answers, judged, strict=True):
-        verdicts = [guard.verdict(text, *one) for one in zip(cuts.split(1), logits.split(1), strict=True)]
+        at_each_cut = zip(cuts.split(1), logits.split(1), strict=True)
+        verdicts = [guard.verdict(text, *cut_and_logits) for cut_and_logits in at_each_cut]
         flags = [verdict.highest for verdict in verdicts if verdict.flagged]
         if verdicts[-1].flagged:
+            half = verdicts[-1].tokens / 2
             first_flags.append(flags[0])
-            by_half.append(flags[0] <= verdicts[-1].tokens / 2)
+            by_half.append(flags[0] <= half)
         elif is_safe:
             passed.append(bool(flags))
     return {
@@ -137,18 +161,26 @@ def running(guard, rows, texts):
 
 def table(result):
     """The figures with their intervals, a line each."""
-    figures = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
+    figures = {}
+    for name, value in result.items():
+        if not isinstance(value, dict | list):
+            figures[name] = value
     figures |= result.get("running", {})
     for name, found in result["categories"].items():
         figures[f"AP of {name} ({found['positives']} positives)"] = found["ap"]
-    notes = {name: "{:.3f} to {:.3f}".format(*pair) for name, pair in result["intervals"].items()}
+    notes = {}
+    for name, (low, high) in result["intervals"].items():
+        notes[name] = f"{low:.3f} to {high:.3f}"
     base_rate = result["positives"] / result["rows"]
     notes["auprc"] = f"{notes.get('auprc', '')}  (a random scorer: {base_rate:.3f})"
-    lines = [f"{name:50} {cell(value):>6}  {notes.get(name, '')}" for name, value in figures.items()]
-    shown = ("rows", "positives", "auprc", "auroc", "f1", "fpr", "recall")
-    shown += tuple(name for name in result if name.startswith("tpr_at_"))
+    lines = []
+    for name, value in figures.items():
+        lines.append(f"{name:50} {cell(value):>6}  {notes.get(name, '')}")
+    shown = ["rows", "positives", "auprc", "auroc", "f1", "fpr", "recall"]
+    shown += [name for name in result if name.startswith("tpr_at_")]
     for name, found in result["sources"].items():
-        lines += [f"{name}:", "  ".join(f"{column} {cell(found[column])}" for column in shown)]
+        cells = [f"{column} {cell(found[column])}" for column in shown]
+        lines += [f"{name}:", "  ".join(cells)]
     if unknown := result["unknown_categories"]:
         lines.append(f"categories that the guard does not know: {', '.join(unknown)}")
     return "\n".join(one_line(line) for line in lines)

@@ -69,9 +69,10 @@ class LoRALinear(nn.Module):
         if not self.gate.is_open:
             return y
         dtype = self.lora_A.dtype if self.in_fp32 else x.dtype
-        a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        ax = F.linear(F.dropout(x.to(dtype), self.lora_dropout, self.training), a)  # (..., r)
-        return torch.add(y, F.linear(ax, b).to(y.dtype), alpha=self.scaling)  # (..., out)
+        x = F.dropout(x.to(dtype), self.lora_dropout, self.training)
+        ax = F.linear(x, self.lora_A.to(dtype))  # (..., r)
+        update = F.linear(ax, self.lora_B.to(dtype))  # (..., out)
+        return torch.add(y, update.to(y.dtype), alpha=self.scaling)
 
 
 def linear_size(module):
@@ -92,11 +93,15 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None, i
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model already carries a guard; load it once more for a second one")
-    linear = {name: m for name, m in model.named_modules() if linear_size(m)}
-    linear = {name: linear[name] for name in linear if reached is None or name in reached}
+    linear = {}
+    for name, module in model.named_modules():
+        if linear_size(module) and (reached is None or name in reached):
+            linear[name] = module
     chosen = set()
     for target in targets:
-        matches = {name for name in linear if target == "all-linear" or f".{name}".endswith(f".{target}")}
+        matches = {name for name in linear if f".{name}".endswith(f".{target}")}
+        if target == "all-linear":
+            matches = set(linear)
         if not matches:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise ValueError(f"LoRA target {target!r} matches no layer that a text reaches, but: {known}")
@@ -137,8 +142,10 @@ def refuse_to_chat(*_, **__):
 @torch.no_grad()
 def reached_layers(model, ids):
     """Names of the linear layers that a text, ids (1, T), passes on its way to the last hidden state."""
-    linear, called = {name: m for name, m in model.named_modules() if linear_size(m)}, set()
-    hooks = [m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in linear.items()]
+    linear = {name: module for name, module in model.named_modules() if linear_size(module)}
+    called, hooks = set(), []
+    for name, module in linear.items():
+        hooks.append(module.register_forward_hook(lambda *_, name=name: called.add(name)))
     try:
         model.base_model(input_ids=ids, use_cache=False)
     finally:

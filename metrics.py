@@ -13,8 +13,10 @@ def curve(labels, scores):
     """(scores, true positives, flagged) at each distinct score, highest first, so ties fall together."""
     order = np.argsort(-scores, kind="stable")
     scores = scores[order]
-    last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
-    return scores[last], np.cumsum(labels[order])[last], last + 1
+    changes = np.flatnonzero(np.diff(scores))
+    last = np.append(changes, len(scores) - 1)  # the last place of each distinct score
+    positives = np.cumsum(labels[order])
+    return scores[last], positives[last], last + 1
 
 
 def average_precision(labels, scores):
@@ -31,9 +33,10 @@ def auroc(labels, scores):
     if len(np.unique(labels)) < 2:
         return float("nan")
     _, positives, flagged = curve(labels, scores)
-    true = np.append(0, positives) / positives[-1]
-    false = np.append(0, flagged - positives) / (flagged - positives)[-1]
-    return float(np.trapezoid(true, false))
+    false = flagged - positives
+    recall = np.append(0, positives) / positives[-1]
+    fpr = np.append(0, false) / false[-1]
+    return float(np.trapezoid(recall, fpr))
 
 
 def has_enough(labels, rate):
@@ -49,8 +52,10 @@ def threshold_at_fpr(labels, scores, rate):
     thresholds, positives, flagged = curve(labels, scores)
     false = np.append(0, flagged - positives)
     true = np.append(0, positives)
-    best = np.argmax(true * (false <= rate * (labels == 0).sum()))
-    threshold = np.concatenate([[2], thresholds, thresholds[-1:]])[best : best + 2].mean()
+    is_allowed = false <= rate * (labels == 0).sum()
+    best = np.argmax(true * is_allowed)  # the first one of equal recalls
+    padded = np.concatenate([[2], thresholds, thresholds[-1:]])  # 2 flags nothing; the last one has no next
+    threshold = padded[best : best + 2].mean()
     recall = true[best] / labels.sum() if labels.any() else float("nan")
     return float(threshold), float(recall)
 
@@ -60,7 +65,9 @@ def metrics(labels, scores, flagged):
     labels = labels.astype(bool)
 
     def share(part, whole):
-        return float(part.sum() / whole.sum()) if whole.any() else float("nan")
+        if not whole.any():
+            return float("nan")
+        return float(part.sum() / whole.sum())
 
     return {
         "accuracy": share(labels == flagged, np.ones_like(labels)),
@@ -77,8 +84,9 @@ def evaluation(labels, scores, flagged):
     found = metrics(labels, scores, flagged)
     found["auroc"] = auroc(labels, scores)
     for percent in (1, 2, 5):
-        enough = has_enough(labels, percent / 100)
-        recall = threshold_at_fpr(labels, scores, percent / 100)[1] if enough else float("nan")
+        recall = float("nan")
+        if has_enough(labels, percent / 100):
+            _, recall = threshold_at_fpr(labels, scores, percent / 100)
         found[f"tpr_at_{percent}_percent_fpr"] = recall
     bins = np.minimum((scores * 10).astype(int), 9)
     gaps = np.bincount(bins, scores - labels)  # of each bin: its rows times (mean score - share of positives)
@@ -109,10 +117,11 @@ def calibrate(logits, labels, pos_weight):
     shift = np.log(pos_weight)
     temperature = np.ones_like(shift)
     for columns in (slice(0, 1), slice(1, None)):
-        known = ~np.isnan(labels[:, columns])
+        targets = labels[:, columns]
+        z = (logits - shift)[:, columns]
+        known = ~np.isnan(targets)
         if known.any():
-            z = (logits - shift)[:, columns][known]
-            temperature[columns] = fit_temperature(labels[:, columns][known], z)
+            temperature[columns] = fit_temperature(targets[known], z[known])
     return shift, temperature
 
 
@@ -120,7 +129,8 @@ def unsafe_score(logits, calibration, unsafe_head):
     """Unsafe probabilities (N,) of logits (N, 1 + K). Without an unsafe head, of the likeliest category."""
     shift, temperature = calibration
     z = (logits.astype(np.float64) - shift) / temperature
-    return 1 / (1 + np.exp(-(z[:, 0] if unsafe_head else z[:, 1:].max(1))))
+    z = z[:, 0] if unsafe_head else z[:, 1:].max(1)
+    return 1 / (1 + np.exp(-z))
 
 
 def operating_points(labels, scores, answered):
@@ -133,7 +143,9 @@ def operating_points(labels, scores, answered):
     for kind, rows in (("prompt", ~answered), ("answer", answered)):
         if kind == "answer" and len(np.unique(labels[rows])) < 2:
             rows = np.ones_like(rows)
-        kept, given = labels[rows], scores[rows]
-        rates = [rate for rate in RATES if kept.any() and has_enough(kept, rate)]
-        points[kind] = {str(rate): threshold_at_fpr(kept, given, rate) for rate in rates}
+        of_kind = labels[rows]
+        points[kind] = {}
+        for rate in RATES:
+            if of_kind.any() and has_enough(of_kind, rate):
+                points[kind][str(rate)] = threshold_at_fpr(of_kind, scores[rows], rate)
     return points

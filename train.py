@@ -10,8 +10,6 @@ z combines a row's logits at all its cuts (`over_cuts`).
 import argparse
 import contextlib
 import functools
-import hashlib
-import json
 import math
 import time
 from dataclasses import asdict
@@ -27,7 +25,7 @@ from checkpoint import EMBEDDED, build_guard, fingerprint, load_chat_model, star
 from data import BEAVERTAILS, SPLITS, encode_row, labels, load_splits
 from errors import DTYPES, number, refuse, run
 from model import GuardConfig
-from training_run import check_folder, measure, open_run, read_config, save_epoch, save_state, summary
+from training_run import digest, measure, open_run, read_config, run_folder, save_epoch, save_state, summary
 
 NOT_KEPT = ("output_dir", "resume", "save_steps", "categories", "threshold", "prompt_threshold", "date")
 
@@ -75,20 +73,23 @@ def guard_loss(logits, labels, pos_weight, unsafe_head):
     options = {"pos_weight": pos_weight, "reduction": "none"}
     bce = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), **options)
     bce = bce.masked_fill(labels.isnan(), 0)  # (B, 1 + K)
-    categories = bce[:, 1:].sum() / max(bce[:, 1:].numel(), 1)
+    of_categories = bce[:, 1:]  # (B, K)
+    categories = of_categories.sum() / max(of_categories.numel(), 1)
     return (bce[:, 0].mean() + categories) / 2 if unsafe_head else categories
 
 
 def over_cuts(logits, cuts):
     """Mean of each row's logits over its cuts, weighted by their softmax: (B, C, 1 + K) -> (B, 1 + K)."""
-    rows = [row[: len(ends)] for row, ends in zip(logits, cuts, strict=True)]  # (C, 1 + K), unpadded
-    return torch.stack([(row.detach().softmax(0) * row).sum(0) for row in rows])
+    combined = []
+    for row, ends in zip(logits, cuts, strict=True):
+        row = row[: len(ends)]  # (C, 1 + K), without padding
+        combined.append((row.detach().softmax(0) * row).sum(0))
+    return torch.stack(combined)
 
 
 def main():
     args = parse_arguments()
-    output = args.output_dir or next(p for n in range(1, 10**6) if not (p := Path(f"runs/{n}")).exists())
-    check_folder(output, args.resume)
+    output = run_folder(args.output_dir, args.resume)
     steps = args.gradient_accumulation_steps
     # A plain number of steps gives way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS; the plugin does not.
     options = {"gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=steps)}
@@ -210,12 +211,6 @@ def load(args, accelerator, saved):
     return guard, splits, config | {"guard": asdict(guard.config), "arguments": arguments}
 
 
-def digest(split, categories):
-    """A digest of a split's texts and labels. It does not depend on where the files are."""
-    content = json.dumps([[text[:3] for text in split.texts], split.labels.tolist(), categories])
-    return f"{len(split.texts)}, sha256 {hashlib.sha256(content.encode()).hexdigest()}"
-
-
 def checkpoint_gradients(guard):
     """Keep only what enters each layer of the full path; the backward pass computes the rest again."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import, and seldom needed
@@ -253,7 +248,8 @@ def epoch_updates(lengths, rows_per_update, generator):
 
 def learning_rate(update, updates, peak):
     """Linear warm-up over the first twentieth of the updates, then linear decay to zero."""
-    return peak * min((update + 1) / (updates / 20 + 1), 1) * (1 - update / updates)
+    warm_up = (update + 1) / (updates / 20 + 1)
+    return peak * min(warm_up, 1) * (1 - update / updates)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The folder of a training run: what is measured and saved after an epoch, and how a killed run goes on."""
 
 import csv
+import hashlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -15,7 +17,7 @@ from accelerate.utils import gather_object
 
 from checkpoint import adapter_header, put_adapter, refuse_other, save_adapter
 from data import SPLITS
-from errors import explain, refuse, write_whole
+from errors import explain, refuse, write_json, write_whole
 from metrics import DEFAULT_RATE, calibrate, metrics, operating_points, unsafe_score
 from model import NEVER, GuardConfig
 
@@ -28,12 +30,20 @@ LEARNING += ("learning_rate", "seed", "verdict_every", "num_processes", "mixed_p
 # ---------------------------------------------------------------- starting and resuming
 
 
-def check_folder(output, resume):
-    """Raise UserError now for a folder that cannot be written or holds another run."""
-    nearest = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.exists())
-    refuse(not (nearest.is_dir() and os.access(nearest, os.W_OK)), f"{nearest} is no folder to write in")
+def run_folder(output, resume):
+    """The folder of a run; None stands for the next free runs/N.
+
+    Raises UserError now for a folder that cannot be written or holds another run.
+    """
+    folders = (Path(f"runs/{n}") for n in itertools.count(1))
+    output = output or next(folder for folder in folders if not folder.exists())
+    path = output.resolve()
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    is_writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+    refuse(not is_writable, f"{nearest} is no folder to write in")
     taken = (output / "config.json").exists() or (output / "checkpoints").exists()
     refuse(taken and not resume, f"{output} holds another run: name another folder, or go on by --resume")
+    return output
 
 
 def read_config(output):
@@ -49,11 +59,18 @@ def what_counts(config):
     return learning | config["base_fingerprint"] | config["rows"]
 
 
+def digest(split, categories):
+    """A digest of a split's texts and labels. It does not depend on where the files are."""
+    texts = [text[:3] for text in split.texts]
+    content = json.dumps([texts, split.labels.tolist(), categories])
+    return f"{len(split.texts)}, sha256 {hashlib.sha256(content.encode()).hexdigest()}"
+
+
 def open_run(accelerator, output, guard, optimizer, config, saved):
     """The state of a new run, or of the saved one, whose adapter and moments go into guard and optimizer."""
     state = {"update": 0, "losses": [], "metrics": [], "run": what_counts(config)}
     accelerator.init_trackers("lora-guard", {name: str(value) for name, value in config.items()})
-    accelerator.wait_for_everyone()  # so no process's check_folder sees the files of this run
+    accelerator.wait_for_everyone()  # so no process's run_folder sees the files of this run
     if saved:
         refuse_other(output, what_counts(config), what_counts(saved))
         for left in output.rglob("*.[0-9]*.tmp"):  # of writes that were killed
@@ -76,9 +93,11 @@ def read_state(path, guard, optimizer, run):
         refuse_other(path, run, state["run"])
         put_adapter(path, guard, state.pop("adapter"))
         optimizer.load_state_dict(state.pop("optimizer"))
-        moments = [(p, optimizer.state[p]) for p in guard.adapter().values()]
-        fits = all(p.shape == m["exp_avg"].shape == m["exp_avg_sq"].shape for p, m in moments)
-        refuse(not fits or state["update"] != len(state["losses"]), f"{path} does not fit this run")
+        other = f"{path} does not fit this run"
+        for parameter in guard.adapter().values():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                refuse(optimizer.state[parameter][moment].shape != parameter.shape, other)
+        refuse(state["update"] != len(state["losses"]), other)
     return state
 
 
@@ -109,12 +128,15 @@ def measure(accelerator, guard, splits, batch_size):
         rows = np.arange(len(split.texts))
         if name == "train":
             rows = np.random.default_rng(0).permutation(rows)[:TRAIN_SAMPLE]
-        logits = score(accelerator, guard, [split.texts[row] for row in rows], batch_size).numpy()
+        texts = [split.texts[row] for row in rows]
+        logits = score(accelerator, guard, texts, batch_size).numpy()  # (N, 1 + K)
         parts[name] = (logits, split.labels.numpy()[rows], split.answered[rows])
     logits, targets, answered = parts["validation"]
     calibration = calibrate(logits, targets, splits["train"].pos_weight.numpy())
     settings = guard.config
-    scores = {name: unsafe_score(part[0], calibration, settings.unsafe_head) for name, part in parts.items()}
+    scores = {}
+    for name, (of_split, _, _) in parts.items():
+        scores[name] = unsafe_score(of_split, calibration, settings.unsafe_head)
     points = operating_points(targets[:, 0], scores["validation"], answered)
     rate = str(DEFAULT_RATE)
     settings.threshold, _ = points["answer"].get(rate, (GuardConfig.threshold, None))
@@ -122,13 +144,15 @@ def measure(accelerator, guard, splits, batch_size):
     row = {"threshold": settings.threshold, "prompt_threshold": settings.prompt_threshold}
     for split, (logits, targets, answered) in parts.items():
         flag_from = np.where(answered, settings.threshold, settings.prompt_threshold)
-        found = {split: metrics(targets[:, 0], scores[split], scores[split] >= flag_from)}
+        flagged = scores[split] >= flag_from
+        found = {split: metrics(targets[:, 0], scores[split], flagged)}
         for k, category in enumerate(settings.categories, 1):
             known = ~np.isnan(targets[:, k])
             z = logits[known, k]
             # Where a logit turns positive, the weighted loss is balanced between misses and false alarms.
             found[f"{split}/{category}"] = metrics(targets[known, k], z, z >= 0)
-        row |= {f"{part}/{metric}": value for part in found for metric, value in found[part].items()}
+        for part, figures in found.items():
+            row |= {f"{part}/{metric}": value for metric, value in figures.items()}
     return calibration, points, row
 
 
@@ -136,9 +160,12 @@ def score(accelerator, guard, texts, batch_size):
     """The highest logits (N, 1 + K) of N texts. Each process computes a part, and all get all."""
     with accelerator.split_between_processes(texts) as mine:
         groups = guard.judge_forms(mine, "measuring", batch_size=batch_size)
-        highest = [torch.cat([logits for _, _, logits in forms]).amax(0).tolist() for forms in groups]
-        logits = gather_object(highest)
-    return torch.tensor(logits).view(len(texts), 1 + len(guard.config.categories))
+        highest = []
+        for forms in groups:
+            at_cuts = torch.cat([logits for _, _, logits in forms])  # (C, 1 + K), of all forms
+            highest.append(at_cuts.amax(0).tolist())
+        gathered = gather_object(highest)
+    return torch.tensor(gathered).view(len(texts), 1 + len(guard.config.categories))
 
 
 def best_epoch(state):
@@ -176,7 +203,10 @@ def save_epoch(accelerator, output, guard, measured, state, config):
     """Write the epoch's adapter, the best one so far with its config, and the two tables."""
     calibration, points, row = measured
     state["metrics"].append({"epoch": len(state["metrics"]) + 1, **row})
-    figures = (f"{s} AUPRC {row[f'{s}/auprc']:.3f} F1 {row[f'{s}/f1']:.3f}" for s in SPLITS)
+    figures = []
+    for split in SPLITS:
+        auprc, f1 = row[f"{split}/auprc"], row[f"{split}/f1"]
+        figures.append(f"{split} AUPRC {auprc:.3f} F1 {f1:.3f}")
     accelerator.print(f"epoch {len(state['metrics'])}: {', '.join(figures)}")
     accelerator.log(row, step=state["update"])
     if not accelerator.is_main_process:
@@ -188,7 +218,8 @@ def save_epoch(accelerator, output, guard, measured, state, config):
     if best_epoch(state) is state["metrics"][-1]:
         save_adapter(output / "adapter.safetensors", tensors, header)
         write_json(output / "config.json", config | {"guard": asdict(settings), "operating_points": points})
-    for name, rows in (("metrics.csv", state["metrics"]), ("train_losses.csv", state["losses"])):
+    tables = {"metrics.csv": state["metrics"], "train_losses.csv": state["losses"]}
+    for name, rows in tables.items():
         text = io.StringIO()
         writer = csv.DictWriter(text, rows[0])
         writer.writeheader()
@@ -205,11 +236,13 @@ def draw_curves(path, state):
         return
     figure, picture = Figure(figsize=(9, 3.5), layout="constrained"), io.BytesIO()
     left, right = figure.subplots(1, 2)
-    left.plot([row["update"] for row in state["losses"]], [row["loss"] for row in state["losses"]])
+    updates = [row["update"] for row in state["losses"]]
+    left.plot(updates, [row["loss"] for row in state["losses"]])
     left.set(xlabel="update", ylabel="loss")
+    epochs = [row["epoch"] for row in state["metrics"]]
     for split in SPLITS:
         values = [row[f"{split}/auprc"] for row in state["metrics"]]
-        right.plot([row["epoch"] for row in state["metrics"]], values, marker="o", label=split)
+        right.plot(epochs, values, marker="o", label=split)
     right.set(xlabel="epoch", ylabel="AUPRC")
     right.legend()
     figure.savefig(picture)
@@ -219,11 +252,9 @@ def draw_curves(path, state):
 def calibrated(guard, shift, temperature):
     """What is saved: LoRA, and a head whose logits are calibrated: V' = V / T, b' = (b - shift) / T."""
     weight, bias = guard.head.weight, guard.head.bias
-    shift, temperature = (weight.new_tensor(values[-len(weight) :]) for values in (shift, temperature))
+    # Without an unsafe head, the head has no row for unsafe, which comes first.
+    shift = weight.new_tensor(shift[-len(weight) :])
+    temperature = weight.new_tensor(temperature[-len(weight) :])
     bias = (0 if bias is None else bias) - shift
     head = {"guard_head.weight": weight / temperature[:, None], "guard_head.bias": bias / temperature}
     return guard.adapter() | head
-
-
-def write_json(path, content):
-    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())

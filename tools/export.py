@@ -21,9 +21,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checkpoint import load_guard, use_fast_dtype
-from errors import DTYPES, explain, refuse, run
+from errors import DTYPES, explain, refuse, run, write_json
 from lora import merge_lora
-from training_run import write_json
 
 LORA = "base_model.model."  # how PEFT's names begin
 CLASSIFIERS = {  # chat models that vLLM serves as classifiers: the name of that class

@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checkpoint import load_guard, use_fast_dtype
 from data import encode_row, read_rows
-from errors import check_output, number, refuse, run
+from errors import check_output, number, refuse, run, write_json
 from metrics import DEFAULT_RATE, operating_points
-from training_run import write_json
 
 
 def main():
