@@ -8,33 +8,8 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    BertConfig,
-    FalconConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    Lfm2Config,
-    LlamaConfig,
-    MambaConfig,
-    MiniMaxConfig,
-    MistralConfig,
-    MixtralConfig,
-    MptConfig,
-    Olmo2Config,
-    OPTConfig,
-    Phi3Config,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    RwkvConfig,
-    SmolLM3Config,
-    Starcoder2Config,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from chat import Text, encode
 from data import read_rows
@@ -63,7 +38,7 @@ def make_tokenizer():
         ["user assistant system the answer is harmful or safe, and how is the bread?"], trainer
     )
     special = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special)
 
 
 TOKENS = {"vocab_size": 320, "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 1}
@@ -72,38 +47,38 @@ GROUPED = SHAPE | {"num_key_value_heads": 2, "head_dim": 8}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 NEO = {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]}
 KINDS = {  # a window of 8 tokens where attention slides
-    "llama": (LlamaConfig, GROUPED),
-    "llama2": (LlamaConfig, SHAPE | {"tie_word_embeddings": False}),
-    "qwen2": (Qwen2Config, SHAPE | {"num_key_value_heads": 2}),
-    "qwen3": (Qwen3Config, GROUPED),
-    "mistral": (MistralConfig, GROUPED | {"sliding_window": 8}),
-    "gemma2": (Gemma2Config, GROUPED | SLIDING),
-    "gemma3": (Gemma3TextConfig, GROUPED | SLIDING),
-    "phi3": (Phi3Config, GROUPED),
-    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}),
-    "gpt_neox": (GPTNeoXConfig, SHAPE),
-    "opt": (OPTConfig, SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 16}),
-    "falcon": (FalconConfig, SHAPE),
-    "smollm3": (SmolLM3Config, GROUPED),
-    "olmo2": (Olmo2Config, GROUPED),
-    "starcoder2": (Starcoder2Config, SHAPE | {"num_key_value_heads": 2, "sliding_window": 8}),
-    "mixtral": (MixtralConfig, GROUPED | {"num_local_experts": 4}),
-    "mpt": (MptConfig, {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT}),
-    "gpt_neo": (GPTNeoConfig, NEO | {"window_size": 8}),
+    "llama": (transformers.LlamaConfig, GROUPED),
+    "llama2": (transformers.LlamaConfig, SHAPE | {"tie_word_embeddings": False}),
+    "qwen2": (transformers.Qwen2Config, SHAPE | {"num_key_value_heads": 2}),
+    "qwen3": (transformers.Qwen3Config, GROUPED),
+    "mistral": (transformers.MistralConfig, GROUPED | {"sliding_window": 8}),
+    "gemma2": (transformers.Gemma2Config, GROUPED | SLIDING),
+    "gemma3": (transformers.Gemma3TextConfig, GROUPED | SLIDING),
+    "phi3": (transformers.Phi3Config, GROUPED),
+    "gpt2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}),
+    "gpt_neox": (transformers.GPTNeoXConfig, SHAPE),
+    "opt": (transformers.OPTConfig, SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 16}),
+    "falcon": (transformers.FalconConfig, SHAPE),
+    "smollm3": (transformers.SmolLM3Config, GROUPED),
+    "olmo2": (transformers.Olmo2Config, GROUPED),
+    "starcoder2": (transformers.Starcoder2Config, SHAPE | {"num_key_value_heads": 2, "sliding_window": 8}),
+    "mixtral": (transformers.MixtralConfig, GROUPED | {"num_local_experts": 4}),
+    "mpt": (transformers.MptConfig, {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT}),
+    "gpt_neo": (transformers.GPTNeoConfig, NEO | {"window_size": 8}),
 }
 
 
-def make_model(kind="llama", seed=0):
+def make_model(kind="llama", seed=0, **options):
     """A random model with two layers. `kind` is a key of KINDS; "gpt2" has Conv1D layers."""
     config, shape = KINDS[kind]
     if kind not in ("gpt2", "mpt"):
-        shape = shape | {"max_position_embeddings": CONTEXT}
-    return random_model(config(**TOKENS, **shape), seed)
+        options["max_position_embeddings"] = CONTEXT
+    return random_model(config(**TOKENS | shape | options), seed)
 
 
 def random_model(config, seed=0):
     torch.manual_seed(seed)
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def make_guard(kind="llama", trained=True, **settings):
@@ -115,13 +90,8 @@ def make_guard(kind="llama", trained=True, **settings):
 
 
 def guard_for(chat_model, **settings):
-    settings = {
-        "categories": ["theft", "hate"],
-        "lora_r": 4,
-        "guard_prompt": " harmful?",
-        "verdict_every": 0,
-    } | settings
-    return GuardedChat(chat_model, make_tokenizer(), GuardConfig(**settings))
+    defaults = {"categories": ["theft", "hate"], "lora_r": 4, "guard_prompt": " harmful?", "verdict_every": 0}
+    return GuardedChat(chat_model, make_tokenizer(), GuardConfig(**defaults | settings))
 
 
 def fill_b(guard, std=0.3):
@@ -131,28 +101,16 @@ def fill_b(guard, std=0.3):
             torch.nn.init.normal_(parameter, std=std)
 
 
-OWN_CACHE = r"the activated path cannot use this model's cache \({}\); train with --guard-path full"
-REFUSED = {  # {kind: (config, {guard path: what the refusal says, or None if it is none})}
-    "hybrid of convolution and attention": (
-        Lfm2Config(vocab_size=320, layer_types=["conv", "full_attention"], **GROUPED),
-        {"activated": OWN_CACHE.format("LinearAttentionLayer"), "full": None},
-    ),
-    "cache of its own": (
-        MiniMaxConfig(vocab_size=320, num_local_experts=2, **GROUPED),
-        {"activated": OWN_CACHE.format("MiniMaxCache"), "full": "MiniMax uses cache of its own"},
-    ),
-    "state space": (
-        MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        {"activated": OWN_CACHE.format("NoneType"), "full": "other hidden states read in two parts"},
-    ),
-    "recurrent": (
-        RwkvConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2),
-        {"activated": OWN_CACHE.format("NoneType"), "full": "other hidden states read in two parts"},
-    ),
-    "attention to what follows": (
-        BertConfig(**TOKENS, **SHAPE),
-        dict.fromkeys(("activated", "full"), "what follows a text changes its hidden states"),
-    ),
+RECURRENT = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2}
+LFM2 = {"vocab_size": 320, "layer_types": ["conv", "full_attention"]} | GROUPED
+MINIMAX = {"vocab_size": 320, "num_local_experts": 2} | GROUPED
+BERT = TOKENS | SHAPE | {"dtype": "bfloat16"}  # whose rounding hides small differences
+REFUSED = {  # {name: (config, what the refusal says on `activated` and on `full`; None: no refusal)}
+    "lfm2": (transformers.Lfm2Config(**LFM2), "LinearAttentionLayer.*--guard-path full", None),
+    "minimax": (transformers.MiniMaxConfig(**MINIMAX), "MiniMaxCache", "cache of its own"),
+    "mamba": (transformers.MambaConfig(**RECURRENT), "NoneType", "read in two parts"),
+    "rwkv": (transformers.RwkvConfig(**RECURRENT), "NoneType", "read in two parts"),
+    "bert": (transformers.BertConfig(**BERT), "what follows a text", "what follows a text"),
 }
 
 

@@ -3,14 +3,10 @@
 import gzip
 import json
 import os
-import subprocess
-import sys
-import time
-import tracemalloc
 
 import pyarrow
 import pytest
-from pyarrow.parquet import ParquetFile, write_table
+from pyarrow.parquet import write_table
 
 from tools import convert
 
@@ -42,49 +38,34 @@ SAFER = PKU | {"is_response_0_safe": True, "is_response_1_safe": False}
 WILD = {"prompt": "w", "response": "r", "prompt_harm_label": "harmful", "response_harm_label": "unharmful"}
 AEGIS = {"prompt": "e", "response": "r", "prompt_label": "safe", "response_label": "unsafe"}
 TOXIC = {"user_input": "u", "model_output": "o", "toxicity": 0, "jailbreaking": 0}
-BENCH = {"behavior": "b", "generation": "g", "label": 1}
 SETS = [
     (TOXIC, [("u", None, True)]),
-    (TOXIC | {"toxicity": 1}, [("u", None, False)]),
     (TOXIC | {"jailbreaking": 1}, [("u", None, False)]),
     (WILD, [("w", None, False), ("w", "r", True)]),
-    (WILD | {"response": None, "response_harm_label": None}, [("w", None, False)]),
-    (WILD | {"response_harm_label": None}, [("w", None, False)]),
     (SAFER, [("p", "x", True), ("p", "y", False)]),
     (SAFER | {"is_response_0_safe": None}, [("p", "y", False)]),
     (AEGIS, [("e", None, True), ("e", "r", False)]),
-    (AEGIS | {"response": " "}, [("e", None, True)]),
     ({"prompt": "o", "S": 0, "V2": 1}, [("o", None, False)]),
-    ({"prompt": "o", "S": 0, "H": None}, [("o", None, True)]),
-    ({"prompt": "o", "S": None}, [("o", None, None)]),
-    (BENCH, [("b", "g", False)]),
+    ({"behavior": "b", "generation": "g", "label": 1}, [("b", "g", False)]),
     ({"prompt": "a", "response": "r", "is_safe": 1}, [("a", "r", True)]),
     (PKU, [("p", "x", None), ("p", "y", None)]),
-    ({"prompt": "a", "response": "r"}, [("a", "r", None)]),
-    ({"user_input": "u"}, [("u", None, None)]),
-    (SAFER | AEGIS, [("e", "x", True), ("e", "y", False), ("e", None, True), ("e", "r", False)]),
 ]
 
 
 @pytest.mark.parametrize(("row", "wanted"), SETS)
 def test_each_labelled_text_is_a_line(converted, row, wanted):
     """Kills: the other polarity, a text or label that is not read, an unknown label taken for a known one."""
-    lines, said = converted([row])
+    lines, _ = converted([row])
     assert [(line["prompt"], line.get("response"), line.get("is_safe")) for line in lines] == wanted
-    assert said == ""
 
 
 @pytest.mark.parametrize("name", convert.PLAIN)
 def test_a_name_says_no_polarity_and_some_words_do(converted, name):
     """Kills: `is_unsafe` 1 read as safe, a word that follows its column, a label read by its case or type."""
-    truth = ["TRUE", "Yes ", "1", "1.0", 1, 1.0, True]
-    lies = ["false", "No", " 0", "0.0", 0, 0.0, False]
-    words = ["safe", " Safe", "UNHARMFUL", "harmless", "unsafe", "Harmful ", "toxic"]
-    unknown = ["", " ", "null", "NaN", "none", None]
-    lines, _ = converted([{"prompt": "a", name: value} for value in truth + lies + words + unknown])
-    means_safe = name in ("is_safe", "safe")
-    wanted = [means_safe] * 7 + [not means_safe] * 7 + [True] * 4 + [False] * 3 + [None] * 6
-    assert [line.get("is_safe") for line in lines] == wanted
+    values = ["Yes ", 1, "FALSE", 0.0, "UNHARMFUL", "toxic", "NaN", None]
+    lines, _ = converted([{"prompt": "a", name: value} for value in values])
+    yes = name in ("is_safe", "safe")
+    assert [line.get("is_safe") for line in lines] == [yes, yes, not yes, not yes, True, False, None, None]
 
 
 def test_a_label_between_0_and_1_needs_a_threshold(converted):
@@ -107,37 +88,20 @@ def test_categories(converted):
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 REFUSED = [
-    ({"prompt": "p", "is_safe": "maybe"}, "'maybe'"),
     ({"prompt": "p", "is_safe": 2}, "`is_safe` is 2"),
-    ({"prompt": "p", "unsafe": [1]}, "`unsafe` is [1]"),
     (PKU | {"response": "r"}, "response_0"),
-    (SAFER | {"response": "r"}, "response_0"),
     (PKU | {"is_safe": 1}, "response_0"),
-    (SAFER | {"category": {"a": 0}}, "response_0"),
-    ({"prompt": "p", "user_input": "u"}, "user_input"),
     ({"prompt": "p", "is_safe": 1, "is_unsafe": 1}, "disagrees"),
     ({"prompt": "p", "is_safe": 1, "category": {"a": 1}}, "`category` is true"),
     ({"prompt": "p", "category": ["a"]}, "['a']"),
-    ({"prompt": "p", "category": "a"}, "'a'"),
     ({"response": "r"}, "no text as `prompt`"),
     ({"prompt": 3}, "`prompt` is 3"),
     ({"prompt": "\ud800"}, "surrogate"),
     ({"prompt": "p", "Prompt": "q"}, "twice"),
-    (["prompt"], "not an object"),
     ({"messages": [USER], "prompt": "x"}, "last turn"),
-    ({"messages": [USER, ANSWER, USER], "response": "b"}, "last turn"),
-    ({"messages": [USER], "conversations": [USER]}, "one list"),
     ({"messages": [USER | {"content": [{"type": "image", "text": "a"}]}]}, "not text"),
-    ({"messages": [USER | {"content": [{"type": "text", "text": "a", "more": "b"}]}]}, "more"),
-    ({"messages": [USER | {"content": ["a"]}]}, "'a'"),
     ({"messages": [USER | {"tool_calls": [{}]}]}, "tool_calls"),
-    ({"messages": [USER | {"content": None}]}, "content"),
-    ({"messages": [USER | {"content": 3}]}, "content 3"),
-    ({"messages": [USER | {"role": "tool"}]}, "'tool'"),
     ({"messages": [ANSWER]}, "roles"),
-    ({"messages": [USER | {"role": "system"}]}, "roles"),
-    ({"messages": USER}, "one list"),
-    ({"messages": "hi"}, "'hi'"),
 ]
 
 
@@ -159,16 +123,14 @@ def test_other_columns_stay_and_translated_ones_go(converted):
 
 def test_conversations(converted):
     """Kills: ShareGPT's form, text in parts, a system message or Python's notation that is not read."""
-    turns = [("system", "s"), ("human", "a"), ("gpt", "b")]
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     part = {"type": "text", "text": "a", "image_url": None}
-    rows = [{"conversations": [{"from": role, "value": text} for role, text in turns], "is_safe": 0}]
+    rows = [{"conversations": turns, "is_safe": 0}]
     rows += [{"messages": [USER | {"content": [part, part]}], "prompt": "aa", "unsafe": 1}]
-    rows += [{"messages": [USER | {"tool_calls": None}, ANSWER], "response": "b"}]
     lines, said = converted(rows)
     found = [[message["content"] for message in line["messages"]] for line in lines]
-    assert found == [["s", "a", "b"], ["aa"], ["a", "b"]] and said == ""
-    assert [line.get("is_safe") for line in lines] == [False, False, None]
-    assert lines[2] == {"messages": [USER, ANSWER]}
+    assert found == [["s", "a", "b"], ["aa"]] and said == ""
+    assert [line["is_safe"] for line in lines] == [False, False]
     for text in (json.dumps([USER]).replace('"', '""'), str([USER])):
         lines, _ = converted(f'messages;is_safe\n"{text}";1\n', name="r.csv")
         assert lines == [{"messages": [USER], "is_safe": True}]
@@ -176,18 +138,18 @@ def test_conversations(converted):
 
 ROWS = [{"prompt": "größe 東京", "is_safe": True}, {"prompt": "b", "is_safe": False}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+ARRAY = "\n " + json.dumps(ROWS, indent=1)
 TABLE = "prompt\tis_safe\ngröße 東京\t1\nb\t0\n"
-KINDS = dict.fromkeys((".jsonl", ".ndjson", ".json"), LINES) | dict.fromkeys((".csv", ".tsv"), TABLE)
+KINDS = [(".ndjson", LINES), (".json", LINES), (".json", ARRAY), (".tsv", TABLE)]
 
 
-@pytest.mark.parametrize(("ending", "text"), [*KINDS.items(), (".json", "\n " + json.dumps(ROWS, indent=1))])
+@pytest.mark.parametrize(("ending", "text"), KINDS)
 def test_kinds_of_files_and_encodings(converted, ending, text):
     """Kills: an ending that is not read, in capitals or packed; a byte-order mark taken for text."""
     assert converted(gzip.compress(text.encode()), name=f"r{ending}.GZ") == (ROWS, "")
-    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
         assert converted(text.encode(encoding), name=f"r{ending.upper()}") == (ROWS, "")
-    for encoding, given in (("gb18030", "gb18030"), ("utf-16-le", "utf-16-le"), ("utf-16", "cp1252")):
-        assert converted(text.encode(encoding), "--encoding", given, name=f"r{ending}") == (ROWS, "")
+    assert converted(text.encode("gb18030"), "--encoding=gb18030", name=f"r{ending}") == (ROWS, "")
 
 
 def test_tables(converted):
@@ -201,24 +163,14 @@ def test_tables(converted):
 
 
 PACKED = gzip.compress(b'{"prompt": "a"}\n{"prompt": "b"}\n')
-ARRAY = b'[{"prompt": "a"}, {"prompt": "b"}'
 DAMAGED = [
     ("wrong.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n{"prompt": "b"}\n', ", line 2: "),
-    ("no.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n{"prompt": "b"}\n', ", line 3: "),
-    ("deep.jsonl", b'{"prompt": "a"}\n' + b'{"a":' * 100_000 + b'\n{"prompt": "b"}\n', ", line 2: "),
     ("twice.jsonl", b'{"prompt": "a"}\n{"prompt": "x", "prompt": "y"}\n{"prompt": "b"}\n', ", line 2: "),
-    ("twice.json", ARRAY + b', {"prompt": "c", "category": {"x": 1, "x": 0}}]', ", row 3: "),
     ("twice.csv", b'prompt;category\na;\nb;\nc;"{""x"": 1, ""x"": 0}"\n', ", row 3: "),
-    ("half.csv", "prompt\na\nb\n".encode("utf-16") + b"x", ", row 3: "),
     ("stray.csv", b'prompt;x\na;1\nb;1\n"c" d;1\ne;1\n', ", after row 2, "),
-    ("open.csv", b'prompt;x\na;1\nb;1\n"c;1\n', ", after row 2, "),
-    ("cut.json", ARRAY + b', {"pro', ", after row 2, "),
-    ("open.json", ARRAY, ", after row 2, "),
-    ("two.json", ARRAY + b"] []", ", after row 2, "),
-    ("cut.jsonl.gz", PACKED[:-8], ", after line 2, "),
-    ("changed.jsonl.gz", PACKED[:-8] + bytes(8), ", after line 2, "),
+    ("cut.json", b'[{"prompt": "a"}, {"prompt": "b"}, {"pro', ", after row 2, "),
     ("cut.csv.gz", gzip.compress(b"prompt\na\nb\ncut")[:-8], ", after row 2, "),
-    ("cut.json.gz", gzip.compress(ARRAY + b', {"prompt": "c"}]')[:-12], ", after row 2, "),
+    ("cut.jsonl.gz", PACKED[:-8], ", after line 2, "),
 ]
 
 
@@ -229,10 +181,7 @@ def test_what_comes_before_the_damage_is_kept(converted, name, content, place):
     assert prompts(lines) == ["a", "b"] and name + place in said
 
 
-EMPTY = [b"", b"\n", b"[]", b"[" * 100_000, b'{"a":' * 100_000, b"prompt,prompt\na,b\n", b"x,X\na,b\n"]
-
-
-@pytest.mark.parametrize("content", EMPTY)
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"prompt,prompt\na,b\n"])
 @pytest.mark.parametrize("name", ["r.jsonl", "r.json.gz", "r.csv", "r.parquet"])
 def test_a_file_without_rows_is_named(converted, name, content):
     """Kills: a traceback, a file that is passed over in silence, two columns of one name."""
@@ -250,65 +199,42 @@ def test_odd_types_of_parquet(converted):
     assert [line["time"] for line in lines] == ["1970-01-01 00:00:00", None]
     assert lines[1] == {"prompt": "c", "category": {"x": True}, "is_safe": False, "time": None}
     assert "r.parquet, row 2: `time`" in said and "r.parquet, column 'zone': " in said
-    lines, said = converted(pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"]), name="r.parquet")
-    assert lines == [] and said == "r.parquet: the name 'prompt' stands twice\n"
-
-
-@pytest.mark.parametrize(("group", "column", "wanted"), [(1, 0, "ab"), (0, 1, "abc")])
-def test_damaged_parquet(converted, tmp_path, group, column, wanted):
-    """Kills: rows of a row group that are lost to the next one, a damaged column that costs the file."""
-    path, options = tmp_path / "whole.parquet", {"compression": "NONE", "use_dictionary": False}
-    write_table(pyarrow.table({"prompt": list("abc"), "x": list("def")}), path, row_group_size=2, **options)
-    content = bytearray(path.read_bytes())
-    start = ParquetFile(path).metadata.row_group(group).column(column).data_page_offset
-    content[start : start + 9] = b"\xff" * 9
-    lines, said = converted(bytes(content), name="r.parquet")
-    assert prompts(lines) == list(wanted) and ("after row 2, " if group else "column 'x': ") in said
-
-
-def test_rows_stream_and_wide_rows_take_linear_time(converted, tmp_path):
-    """Kills: a file that is read whole, a search through all names for each name."""
-    (tmp_path / "many.csv").write_text("prompt\n" + ("a" * 1000 + "\n") * 4000)
-    tracemalloc.start()
-    assert convert.main([str(tmp_path / "many.csv"), str(tmp_path / "out.jsonl")]) == 0
-    assert tracemalloc.get_traced_memory()[1] < 1_000_000
-    tracemalloc.stop()
-    start = time.process_time()
-    converted([{"prompt": "a"} | {f"column {number}": 0 for number in range(60_000)}])
-    assert time.process_time() - start < 10
 
 
 def test_a_folder_stands_for_its_files(tmp_path, capsys):
     """Kills: rows.xlsx that is left out in silence, a FIFO that is waited for, a row that is not counted."""
-    folder = tmp_path / "folder"
-    (folder / "more.jsonl").mkdir(parents=True)
+    folder, out = tmp_path / "folder", tmp_path / "out.jsonl"
+    folder.mkdir()
     (folder / "rows.xlsx").touch()
     os.mkfifo(folder / "fifo.jsonl")
     (folder / "b.jsonl").write_text(json.dumps({"prompt": "a", "unsafe": 1}) + "\n" + json.dumps(WILD))
-    (folder / "c.json").write_text(json.dumps([{"messages": [USER]}, {"prompt": "b"}]))
-    assert convert.main([str(folder), "/dev/zero", str(tmp_path / "out.jsonl")]) == 2
+    (folder / "c.json").write_text(json.dumps([{"prompt": "b"}]))
+    assert convert.main([str(folder), str(out)]) == 2
     said = capsys.readouterr()
-    names = [line.split(": ")[0].split("/")[-1] for line in said.err.splitlines()]
-    assert names == ["fifo.jsonl", "more.jsonl", "rows.xlsx", "zero"]
-    wanted = "prompts: 0 safe, 2 unsafe, 1 unlabelled; answers: 1 safe, 0 unsafe, 0 unlabelled; "
-    assert said.out == wanted + "conversations: 0 safe, 0 unsafe, 1 unlabelled\n"
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 5
+    assert [line.split(": ")[0] for line in said.err.splitlines()] == [
+        f"{folder}/fifo.jsonl",
+        f"{folder}/rows.xlsx",
+    ]
+    assert said.out.startswith(
+        "prompts: 0 safe, 2 unsafe, 1 unlabelled; answers: 1 safe, 0 unsafe, 0 unlabelled;"
+    )
+    assert prompts(map(json.loads, out.read_text().splitlines())) == ["a", "w", "w", "b"]
 
 
 def test_bad_arguments_change_nothing(tmp_path, monkeypatch, capsys):
     """Kills: an input that is overwritten, under another name too; a traceback; a check after the reading."""
-    rows, out, empty = tmp_path / "rows.jsonl", tmp_path / "out.jsonl", tmp_path / "empty.jsonl"
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     rows.write_text('{"prompt": "a"}\n')
     (tmp_path / "same.jsonl").hardlink_to(rows)
-    empty.mkdir()
-    bad = [(path, rows, "one of the files") for path in (rows, tmp_path, tmp_path / "same.jsonl")]
-    bad += [
-        (rows, tmp_path / name, "must be a file") for name in ("out.csv", "none/out.jsonl", "empty.jsonl")
-    ]
-    bad += [(path, out, "does not exist") for path in (tmp_path / "none.jsonl", empty)]
-    bad += [(rows, out, "--threshold", value, "--threshold") for value in ("0", "1.1", "nan", "x")]
     monkeypatch.setattr(convert, "rows_of", None)
-    for *arguments, why in [*bad, (rows, "required"), (rows, out, "--encoding", "rot13", "rot13")]:
+    for *arguments, why in (
+        (rows, rows, "one of the files"),
+        (rows, tmp_path / "same.jsonl", "one of the files"),
+        (rows, tmp_path / "none/out.jsonl", "must be a file"),
+        (tmp_path / "none.jsonl", out, "does not exist"),
+        (rows, out, "--threshold=nan", "--threshold"),
+        (rows, out, "--encoding=rot13", "rot13"),
+    ):
         with pytest.raises(SystemExit) as left:
             convert.main([str(argument) for argument in arguments])
         assert left.value.code == 2 and why in capsys.readouterr().err.split("error: ")[1]
@@ -324,13 +250,3 @@ def test_the_output_appears_whole(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         convert.main([str(rows), str(out)])
     assert out.read_text() == "before" and len(list(tmp_path.iterdir())) == 2
-
-
-def test_exit_status(tmp_path):
-    """Kills: status 0 although a row was not read, an import that only pytest's path allows, options last."""
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
-    names = ["rows.jsonl", "rows.jsonl", "--encoding", "utf-8", "out.jsonl"]
-    command = [sys.executable, convert.__file__, *names]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "rows.jsonl, line 2: `prompt` is 3, not text\n" * 2
-    assert (tmp_path / "out.jsonl").read_text() == '{"prompt": "a"}\n' * 2

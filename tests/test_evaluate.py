@@ -11,14 +11,10 @@ from conftest import ids_of, make_guard, make_rows, score, user, write
 
 import evaluate
 from chat import Text
-from data import encode_row
 from errors import UserError
 from evaluate import bootstrap, evaluation_rows, running
 from metrics import average_precision, evaluation
 
-FIELDS = {"rows", "positives", "auprc", "auroc", "f1", "precision", "recall", "accuracy", "fpr", "threshold"}
-FIELDS |= {"prompt_threshold", "calibration_error", "categories", "unknown_categories"}
-FIELDS |= {"intervals", "sources", *(f"tpr_at_{percent}_percent_fpr" for percent in (1, 2, 5))}
 ROWS = [
     {"prompt": "how", "response": "harmful", "is_safe": False},
     {"prompt": "hi", "response": "the answer", "category": {"theft": True, "arson": False}},
@@ -67,7 +63,7 @@ def test_the_command_gives_the_fields_of_the_contract(path, result, tmp_path):
     wanted = {name: None if value != value else value for name, value in wanted.items()}
     wanted |= {"threshold": 0.0, "prompt_threshold": 2.0, "rows": 4, "positives": 2}
     theft = {"positives": 1, "ap": average_precision(np.array([1, 0]), scores[1:3, 1])}
-    assert found.keys() == FIELDS and found.pop("categories") == {"theft": pytest.approx(theft)}
+    assert found.pop("categories") == {"theft": pytest.approx(theft)}
     assert found.pop("unknown_categories") == ["arson"] and found.pop("sources") == {}
     low, high = found.pop("intervals")["accuracy"]
     assert low <= found["accuracy"] <= high and found == pytest.approx(wanted, **rounding)
@@ -88,15 +84,6 @@ def test_scored_rows_can_be_measured_again(result, tmp_path):
         result([str(tmp_path / "scores.jsonl")], "--scores", tmp_path / "again.jsonl")
 
 
-def test_a_rate_of_1_percent_needs_100_safe_rows(result):
-    """Kills: a figure, or its interval, that a single safe row decides."""
-    rows = [{"prompt": f"the bread {n % 7}", "is_safe": n > 0} for n in range(101)]
-    for count, is_there in ((101, True), (100, False)):
-        found = result(rows[:count], "--json")
-        assert (found["tpr_at_1_percent_fpr"] is not None) == is_there
-        assert ("tpr_at_1_percent_fpr" in found["intervals"]) == is_there
-
-
 def test_a_nan_score_counts_as_flagged(result, tmp_path):
     """Kills: a broken guard that is measured as if it let everything pass, NaN in the scored rows."""
     result.guard.config.threshold = 2.0
@@ -112,21 +99,21 @@ def test_a_nan_score_counts_as_flagged(result, tmp_path):
     assert not any(row["flagged"] for row in others)
 
 
-def test_scores_that_cannot_be_written_are_refused_first(result, tmp_path):
-    """Kills: rows that their own scores replace, also through a link; minutes of judging for nothing."""
-    result.guard = None  # so nothing can be judged
-    (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
-    (tmp_path / "folder.jsonl").mkdir()
-    for name, message in (
-        ("rows.jsonl", "destroy its input"),
-        ("link.jsonl", "destroy its input"),
-        ("scores.csv", "must end in .jsonl"),
-        ("folder.jsonl", "is not a file"),
-        ("none/scores.jsonl", "no folder .*none"),
-    ):
-        with pytest.raises(UserError, match=message):
+def test_bad_arguments_are_refused(result, tmp_path, capsys, monkeypatch):
+    """Kills: rows that their own scores replace, verdicts after no tokens, the same figures twice."""
+    (tmp_path / "link.jsonl").symlink_to("rows.jsonl")
+    for name in ("rows.jsonl", "link.jsonl"):
+        with pytest.raises(UserError, match="destroy its input"):
             result(ROWS, "--scores", tmp_path / name)
         assert lines_of(tmp_path / "rows.jsonl") == ROWS
+    with pytest.raises(SystemExit):
+        result(ROWS, "--running=0")
+    assert "--running" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(UserError, match="no rows to evaluate on"):
+        result([])
+    monkeypatch.setattr(evaluate, "start_accelerator", lambda: type("Two", (), {"num_processes": 2}))
+    with pytest.raises(UserError, match="one process"):
+        result(ROWS)
 
 
 def test_a_hub_id_is_measured_on_its_test_split(monkeypatch):
@@ -141,38 +128,33 @@ def test_a_hub_id_is_measured_on_its_test_split(monkeypatch):
 
 def test_every_file_has_figures_of_its_own(result, tmp_path):
     """Kills: a file measured on another's rows, one left out by its name, equal names mixed up."""
-    rows = [{"prompt": f"the bread {number}", "is_safe": number > 9} for number in range(30)]
-    names, parts = [], {"a/test.jsonl": rows[:20], "b/test.jsonl": ROWS, "train.jsonl": rows[20:]}
-    for name, part in parts.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    rows = [{"prompt": f"the bread {number}", "is_safe": number > 9} for number in range(20)]
+    names = []
+    for name, part in (("a/train.jsonl", rows), ("b/train.jsonl", ROWS)):
+        (tmp_path / name).parent.mkdir()
         names.append(write(tmp_path / name, part))
     found = result(names, "--json")
-    assert list(found["sources"]) == names and found["rows"] == 34
-    for name in names:
+    assert list(found["sources"]) == names and found["rows"] == 24
+    for name, count in zip(names, (20, 4), strict=True):
         alone = result([name], "--json")
         wanted = {key: alone[key] for key in found["sources"][name]}
-        assert found["sources"][name] == pytest.approx(wanted, abs=1e-6)
-        assert {"rows", "positives", "auprc", "fpr", "tpr_at_1_percent_fpr"} <= found["sources"][name].keys()
+        assert found["sources"][name] == pytest.approx(wanted, abs=1e-6) and wanted["rows"] == count
     table = result(names).splitlines()
-    for name, start in zip(names, ("rows 20  positives 10", "rows 4  ", "rows 10  positives 0"), strict=True):
-        assert table[table.index(f"{name}:") + 1].startswith(start)
+    assert table[table.index(f"{names[0]}:") + 1].startswith("rows 20  positives 10")
 
 
-def test_one_class_is_measured_as_far_as_possible(result):
-    """Kills: a crash or an invented figure where nothing is unsafe, NaN in JSON, a table that hides it."""
+def test_the_table_shows_what_can_be_known(result):
+    """Kills: a figure that too few rows decide, a crash for one class, NaN in JSON, --running unheard."""
+    out = result(ROWS, "--running=1")
+    assert "(a random scorer: 0.500)" in out and "does not know: arson" in out
+    lines = {line.split()[0]: line.split()[1] for line in out.splitlines()}
+    assert lines["median_token_of_first_flag"] == "1.000" and lines["tpr_at_5_percent_fpr"] == "-"
     safe = [{"prompt": text, "response": "or", "is_safe": True} for text in ("hi", "how", "the bread")]
     found = result(safe, "--json")
     assert found["fpr"] == 1 and found["auprc"] is found["auroc"] is found["recall"] is None
     assert found["intervals"]["fpr"] == [1, 1] and found["categories"] == {}
     lines = {line.split()[0]: line.split()[1] for line in result(safe).splitlines()}
-    assert lines["fpr"] == "1.000" and lines["auprc"] == "-" and lines["rows"] == "3"
-
-
-def test_the_table_names_a_random_scorer_and_unknown_categories(result):
-    """Kills: a table without its yardstick, or that is silent about categories of the rows."""
-    out = result(ROWS, "--running=16")
-    assert "(a random scorer: 0.500)" in out and "does not know: arson" in out
-    assert "AP of theft (1 positives)" in out and "safe_and_not_flagged" in out
+    assert lines["fpr"] == "1.000" and lines["auprc"] == "-"
 
 
 def test_intervals_come_from_draws_of_prompts():
@@ -204,48 +186,20 @@ ANSWERS = [  # (is it safe, {token: is it flagged there?}), with a verdict after
 
 def test_running_figures_by_hand():
     """Kills: shares of the wrong rows, the last flag for the first, > for >= at half, prompt tokens."""
-    start, guard = 3, make_guard(threshold=0.5, prompt_threshold=0.0)
-
-    def judge(texts, progress):
-        flags = [list(ANSWERS[text.ids[0]][1].items()) for text in texts]
-        cuts = [torch.tensor([start + token for token, _ in part]) for part in flags]
-        logits = [torch.tensor([[1.0 if flag else -1.0] * 3 for _, flag in part]) for part in flags]
-        return list(zip(cuts, logits, strict=True))
-
-    guard.judge = judge
-    texts = [
-        Text([n] * (start + max(flags, default=0)), start, bool(flags))
-        for n, (_, flags) in enumerate(ANSWERS)
-    ]
+    guard = make_guard(threshold=0.5, prompt_threshold=0.0)
     rows = [{"is_safe": is_safe} for is_safe, _ in ANSWERS]
+    texts = [Text([5] * (3 + max(flags, default=0)), 3, bool(flags)) for _, flags in ANSWERS]
+    judged = []
+    for _, flags in ANSWERS[:-1]:
+        logits = [[1.0 if is_flagged else -1.0] * 3 for is_flagged in flags.values()]
+        judged.append((torch.tensor([3 + token for token in flags]), torch.tensor(logits)))
+    guard.judge = lambda texts, progress: judged
     found = running(guard, rows, texts)
     assert (found.pop("flagged"), found.pop("safe_and_not_flagged")) == (2, 3)
     assert found.pop("median_token_of_first_flag") == 6.0
     assert found == {"flagged_by_half": 0.5, "of_these_cut_on_the_way": 1 / 3}
+    guard.judge = lambda texts, progress: judged[3:4]
     assert running(guard, rows[3:4], texts[3:4])["flagged_by_half"] is None
-
-
-def test_running_verdicts_are_on_rows_with_an_answer(result):
-    """Kills: rows without an answer among them, a step that is not read."""
-    rows = [{"prompt": "hi", "response": text, "is_safe": text == "or"} for text in ("the answer", "or", "")]
-    lengths = [
-        len(ids) - start for ids, start, *_ in (encode_row(result.guard.tokenizer, row) for row in rows)
-    ]
-    for step, median in ((1, 1), (16, np.median(lengths[:2]))):
-        found = result(rows, "--json", f"--running={step}")["running"]
-        assert (found["flagged"], found["median_token_of_first_flag"]) == (2, median)
-
-
-def test_bad_arguments_are_refused(result, capsys, monkeypatch):
-    """Kills: an endless loop of verdicts after no tokens, figures about nothing, the same figures twice."""
-    with pytest.raises(SystemExit):
-        result(ROWS, "--running=0")
-    assert "--running" in capsys.readouterr().err.splitlines()[-1]
-    with pytest.raises(UserError, match="no rows to evaluate on"):
-        result([])
-    monkeypatch.setattr(evaluate, "start_accelerator", lambda: type("Two", (), {"num_processes": 2}))
-    with pytest.raises(UserError, match="one process"):
-        result(ROWS)
 
 
 def test_an_evaluation_is_computed_in_the_fast_dtype(result, monkeypatch):

@@ -5,17 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from metrics import (
-    auroc,
-    average_precision,
-    calibrate,
-    evaluation,
-    fit_temperature,
-    metrics,
-    operating_points,
-    threshold_at_fpr,
-    unsafe_score,
-)
+from metrics import calibrate, evaluation, metrics, operating_points, threshold_at_fpr, unsafe_score
 
 NUMBERS = np.random.default_rng(0)
 LABELS = NUMBERS.integers(0, 2, 300)
@@ -69,21 +59,12 @@ def test_a_ratio_of_nothing_is_nan():
     assert known[0] == {"accuracy", "fpr", "calibration_error"} and known[2] == set()
     assert known[1] == {"accuracy", "precision", "recall", "f1", "auprc", "calibration_error"}
     assert (harmless["accuracy"], harmless["fpr"], harmful["recall"]) == (1, 0, 0.25)
-    assert math.isnan(average_precision(np.zeros(0), scores[:0])) and math.isnan(auroc(np.ones(4), scores))
-
-
-def test_a_rate_needs_rows_enough_for_one_false_positive():
-    """Kills: a recall at 1 % that few rows cannot show, a rate that is left out although rows suffice."""
-    for safe, told in {19: [], 20: [5], 49: [5], 50: [2, 5], 99: [2, 5], 100: [1, 2, 5]}.items():
-        labels = np.arange(safe + 30) >= safe
-        found = evaluation(labels, np.linspace(0.1, 0.9, len(labels)), labels)
-        assert [p for p in (1, 2, 5) if found[f"tpr_at_{p}_percent_fpr"] == 1] == told
 
 
 # ---------------------------------------------------------------- where to flag
 
 
-@pytest.mark.parametrize("limit", [0, 0.05, 0.3, 1])
+@pytest.mark.parametrize("limit", [0, 0.05, 1])
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 def test_threshold_at_fpr_has_the_highest_recall_of_all(scores, limit):
     """Kills: one safe row too many, too careful a threshold, one at a score, flags that add no recall."""
@@ -120,47 +101,31 @@ def test_operating_points_keep_to_their_rates():
             assert recall == (scale * HARMFUL >= threshold).mean() > 0.19
 
 
-RATES = {2: [], 9: [], 10: ["0.1"], 20: ["0.05", "0.1"], 100: ["0.01", "0.02", "0.05", "0.1"]}
-
-
-@pytest.mark.parametrize(("safe", "rates"), RATES.items())
-def test_operating_points_leave_out_rates_with_too_few_safe_rows(safe, rates):
-    """Kills: a threshold that no false positive decides, a count of all rows, or of the other kind's."""
-    few, many = (SAFE[:safe], HARMFUL), (SAFE, HARMFUL)
+def test_operating_points_need_rows_enough_of_their_kind():
+    """Kills: a threshold that no false positive decides, a count of the other kind, prompts of one class."""
+    few, many = (SAFE[:20], HARMFUL), (SAFE, HARMFUL)
     found = {"prompt": points(few, many), "answer": points(many, few)}
+    assert list(points((SAFE[:19], HARMFUL), many)["prompt"]) == ["0.1"]
     for kind, other in (("prompt", "answer"), ("answer", "prompt")):
-        assert list(found[kind][kind]) == rates and len(found[kind][other]) == 5
-    assert points((SAFE[:1], HARMFUL[:1]), (SAFE[:1], HARMFUL[:1])) == {"prompt": {}, "answer": {}}
-
-
-@pytest.mark.parametrize("one_class", [(SAFE, []), ([], HARMFUL), ([], [])])
-def test_one_class_alone_chooses_no_threshold(one_class):
-    """Kills: a threshold for prompts from rows of one class, one for answers from fewer than all rows."""
-    assert points(one_class, (SAFE, HARMFUL))["prompt"] == {}
-    found = points((SAFE, HARMFUL), [part[:1] for part in one_class])
-    assert found["answer"]["0.05"][0] == pytest.approx(found["prompt"]["0.05"][0], abs=0.01)
-    assert points(one_class, one_class) == {"prompt": {}, "answer": {}}
+        assert list(found[kind][kind]) == ["0.05", "0.1"] and len(found[kind][other]) == 5
+    for one_class in ((SAFE, []), ([], HARMFUL), ([], [])):
+        assert points(one_class, many)["prompt"] == {}
+        answer = points(many, [part[:1] for part in one_class])["answer"]  # all rows count
+        assert answer["0.05"][0] == pytest.approx(points(many, many)["prompt"]["0.05"][0], abs=0.01)
+        assert points(one_class, one_class) == {"prompt": {}, "answer": {}}
 
 
 # ---------------------------------------------------------------- what makes probabilities of logits
 
 
-def test_a_temperature_undoes_a_known_one():
-    """Kills: a product for the quotient, swapped labels, the highest loss, other bounds than 1/4 and 4."""
-    logits = NUMBERS.normal(size=20000)
-    labels = NUMBERS.random(20000) < sigmoid(logits)
-    for factor in (0.06, 0.3, 1, 3.5, 17):
-        wanted = min(max(factor, 0.25), 4)
-        assert fit_temperature(labels, factor * logits) == pytest.approx(wanted, rel=0.05)
-
-
-@pytest.mark.parametrize("scale", [0.1, 1, 8])
-def test_separable_rows_keep_scores_that_differ(scale):
+def test_separable_rows_keep_scores_that_differ():
     """Kills: a temperature that goes to 0 with the loss, so that all scores are exactly 0 or 1."""
-    logits = scale * np.linspace(-1, 1, 41, dtype=np.float32)[:, None]  # as the guard gives them
+    logits = np.linspace(-8, 8, 41, dtype=np.float32)[:, None]  # as the guard gives them
     calibration = calibrate(logits, (logits > 0).astype(float), np.ones(1))
     scores = unsafe_score(logits, calibration, unsafe_head=True)
     assert calibration[1] == pytest.approx([0.25]) and (np.diff(scores) > 0).all() and scores[-1] < 1
+    wrong = calibrate(logits, (logits < 0).astype(float), np.ones(1))
+    assert wrong[1] == pytest.approx([4])
 
 
 def test_calibration_by_hand():
@@ -179,18 +144,10 @@ def test_calibration_by_hand():
     assert [len(values) for values in alone] == [1, 1]
 
 
-@pytest.mark.parametrize("unsafe_head", [True, False])
-def test_an_unsafe_score_is_a_probability(unsafe_head):
+@pytest.mark.parametrize(("unsafe_head", "z"), [(True, [0.35, 19.85]), (False, [6.0, 0.0])])
+def test_an_unsafe_score_is_a_probability(unsafe_head, z):
     """Kills: raw logits, a shift after the temperature, a wrong column, the category of the largest logit."""
-    weight, chance = np.array([0.5, 9.0, 0.1]), NUMBERS.normal(size=(20000, 3)) * [1, 1, 0] - [0, 0, 9]
-    labels = (NUMBERS.random((20000, 3)) < sigmoid(chance)).astype(float)
-    logits = chance * [3, 0.5, 0.5] + np.log(weight)
-    calibration = calibrate(logits, labels, weight)
-    scores = unsafe_score(logits, calibration, unsafe_head)
-    column = labels[:, 0 if unsafe_head else 1]  # of the categories the first is always the likelier
-    assert evaluation(column, scores, scores > 0.5)["calibration_error"] < 0.02
     shift, temperature = np.array([0.3, -1, 2]), np.array([2, 0.5, 1])
     logits = np.array([[1.0, 2.0, 3.0], [40.0, -1.0, -9.0]], np.float32)
-    wanted = [0.35, 19.85] if unsafe_head else [6.0, 0.0]  # (2 + 1) / 0.5 and (-1 + 1) / 0.5
     found = unsafe_score(logits, (shift, temperature), unsafe_head)
-    assert found == pytest.approx(sigmoid(np.array(wanted)), abs=1e-12) and (found < 1).all()
+    assert found == pytest.approx(sigmoid(np.array(z)), abs=1e-12) and (found < 1).all()

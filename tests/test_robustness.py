@@ -1,12 +1,10 @@
-"""The tool that puts harmless text around harm. Each test names the mutations that it kills."""
+"""The tool that puts harmless text around harm."""
 
 import json
 import sys
 
-import pytest
 from conftest import make_guard, make_rows, write
 
-from errors import UserError
 from model import Verdict
 from tools import robustness
 
@@ -42,20 +40,8 @@ def test_shares_are_of_what_is_flagged_as_it_is(monkeypatch, capsys, tmp_path):
         assert found.pop(name) == {"prompts": 0}
     assert found.pop("unpunctuated") == {"prompts": 1}
     assert len(found) == 14 and all(row == {"responses": 1, "prompts": 1} for row in found.values())
-    prompts = {row["prompt"] for row in seen}
-    question = rows[0]["prompt"]
-    assert {
-        question + robustness.BEHIND["regards"],
-        robustness.BEFORE["a refusal before"] + question,
-    } <= prompts
+    prompts, question = {row["prompt"] for row in seen}, rows[0]["prompt"]
+    assert question + robustness.BEHIND["regards"] in prompts
+    assert robustness.BEFORE["a refusal before"] + question in prompts
     assert any(text.startswith(f"\n\n{question}") and len(text) > 100 for text in prompts)
     assert any(text.endswith(f"{question}\n\n") and len(text) > 100 for text in prompts)
-
-
-def test_without_a_flagged_text_there_is_no_figure(monkeypatch, tmp_path):
-    """Kills: a share of nothing."""
-    source = write(tmp_path / "rows.jsonl", make_rows(4))
-    monkeypatch.setattr(robustness, "guard_of", lambda args: make_guard(threshold=2.0))
-    monkeypatch.setattr(sys, "argv", ["robustness.py", "--dataset", source, "--harmless", source])
-    with pytest.raises(UserError, match="no unsafe response is flagged"):
-        robustness.main()

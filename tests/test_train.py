@@ -16,28 +16,26 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
-from conftest import CONTEXT, PATHS, make_model, make_rows, make_tokenizer, write
+from conftest import CONTEXT, PATHS, make_rows, make_tokenizer, write
 
-import checkpoint
 import train
 import training_run
 from checkpoint import load_guard
 from data import SPLITS, encode_row, load_splits
 from errors import UserError
 from model import NEVER, GuardedChat
-from train import guard_loss, learning_rate, over_cuts
+from train import guard_loss, learning_rate, over_cuts, seed_of
 
-SCRIPT = Path(train.__file__)
 MEASURES = ("accuracy", "precision", "recall", "f1", "fpr", "auprc")
 FILES = ("adapter.safetensors", "config.json", "metrics.csv", "train_losses.csv")
 FAST = ("--epochs=2", "--learning-rate=0.005", "--lora-r=4")
 
 
-def run(monkeypatch, *arguments, command=train.main):
+def run(monkeypatch, *arguments):
     """Call train.main() as `python train.py arguments` does, but in this process."""
     AcceleratorState._reset_state(True)  # without this, accelerate keeps the last run's precision
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    command()
+    train.main()
 
 
 def learnable():
@@ -46,10 +44,6 @@ def learnable():
     for number, row in enumerate(rows):
         row["response"] = ("safe " if row["is_safe"] else "harmful ") * (1 + number % 7)
     return rows
-
-
-def write_learnable(path):
-    return write(path, learnable())
 
 
 def tensors(output):
@@ -94,12 +88,11 @@ def equal_files(one, other, names):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_run_learns_and_leaves_the_files_of_the_contract(path, learn, model_folder, capsys):
+def test_a_run_learns_and_leaves_the_files_of_the_contract(path, learn, model_folder, tmp_path, capsys):
     """Kills: a loss of the wrong sign, a missing file, the last epoch for the best, other betas."""
     output = learn("run", learnable(), "--guard-path", path, "--epochs=6", "--learning-rate=0.003")
     epochs, losses = table(output, "metrics.csv"), table(output, "train_losses.csv")
-    first, last = (sum(float(row["loss"]) for row in losses if row["epoch"] == epoch) for epoch in ("1", "6"))
-    assert last < first / 2 and float(epochs[-1]["validation/auprc"]) > 0.95
+    assert float(epochs[-1]["validation/auprc"]) > 0.95
     assert [row["update"] for row in losses] == [str(n) for n in range(1, 31)]  # 66 rows in batches of 16
     assert [row["epoch"] for row in epochs] == list("123456")
     columns = itertools.product(SPLITS, ("", "/theft", "/hate"), MEASURES)
@@ -109,7 +102,6 @@ def test_a_run_learns_and_leaves_the_files_of_the_contract(path, learn, model_fo
     kept = {f"checkpoints/epoch_{n}.safetensors" for n in range(1, 7)}
     pictures = {"curves.png"} if find_spec("matplotlib") else set()
     assert files == {*FILES, *kept, *pictures, "parameter_counts.json", "checkpoints/state.pt"}
-    assert len({(output / name).read_bytes() for name in kept}) == 6
     best = max(epochs, key=lambda row: float(row["validation/auprc"]))
     kept = output / f"checkpoints/epoch_{best['epoch']}.safetensors"
     assert (output / "adapter.safetensors").read_bytes() == kept.read_bytes()
@@ -118,7 +110,7 @@ def test_a_run_learns_and_leaves_the_files_of_the_contract(path, learn, model_fo
     assert config["guard"]["categories"] == ["theft", "hate"] and config["guard"]["guard_path"] == path
     printed = capsys.readouterr().out
     figures = [f"{split} AUPRC {float(best[f'{split}/auprc']):.3f}" for split in ("validation", "test")]
-    assert "epoch 6: train AUPRC" in printed
+    assert f"80 rows of {tmp_path / 'rows.jsonl'}" in printed and "epoch 6: train AUPRC" in printed
     assert f"epoch {best['epoch']} is the best: {', '.join(figures)}\n30 updates took " in printed
     [group] = torch.load(output / "checkpoints/state.pt")["optimizer"]["param_groups"]
     assert tuple(group["betas"]) == (0.9, 0.95)
@@ -152,19 +144,21 @@ def test_rows_are_learnt_from_whole_and_at_random_cuts(path, learn, tmp_path, mo
 
 def test_a_seed_gives_the_same_bytes_and_no_two_seeds_share_an_epoch(learn, monkeypatch):
     """Kills: seed plus epoch as an epoch's seed, an unseeded weight or dropout, a time in the files."""
-    made, original = set(), train.epoch_updates
+    orders, original = set(), train.epoch_updates
 
     def spy(*given):
-        made.add(str(original(*given).tolist()))
-        return original(*given)
+        found = original(*given)
+        orders.add(str(found.tolist()))
+        return found
 
     monkeypatch.setattr(train, "epoch_updates", spy)
     options = [*FAST, "--lora-dropout=0.1"]
-    seeds = {"a": 0, "b": 1, "c": 2**31 - 1, "d": 2**31 - 1}
-    a, b, c, d = (learn(name, learnable(), *options, f"--seed={seed}") for name, seed in seeds.items())
-    assert len(made) == 6  # of three seeds and two epochs
-    assert equal_files(c, d, [*FILES, "checkpoints/epoch_2.safetensors"])
+    seeds = {"a": 0, "b": 1, "c": 1}
+    a, b, c = (learn(name, learnable(), *options, f"--seed={seed}") for name, seed in seeds.items())
+    assert len(orders) == 4  # of two seeds and two epochs
+    assert equal_files(b, c, [*FILES, "checkpoints/epoch_2.safetensors"])
     assert not close(tensors(a), tensors(b), 0.01)
+    assert len({seed_of(seed, epoch) for seed in range(10) for epoch in range(10)}) == 100
 
 
 def test_loss_over_cuts_by_hand():
@@ -175,7 +169,6 @@ def test_loss_over_cuts_by_hand():
     first = (2 * e(2) - e(-1)) / (e(2) + e(-1))  # the third is padding
     second = (e(1) + 3 * e(3)) / (1 + e(1) + e(3))
     assert found[:, 0].tolist() == pytest.approx([first, second])
-    assert over_cuts(logits[:1, :2], [[4, 7]]).item() == pytest.approx(first)
     found.sum().backward()
     assert logits.grad[0, 2] == 0 and (logits.grad >= 0).all() and logits.grad[1, 2] > 0.5
 
@@ -183,14 +176,12 @@ def test_loss_over_cuts_by_hand():
 def test_accumulating_four_batches_equals_one_four_times_as_big(learn, monkeypatch):
     """Kills: a loss divided by the steps twice or never, a mean over known labels, accelerate's variable."""
     some = [row | {"category": None} if n % 5 == 4 else row for n, row in enumerate(learnable())]
-    four = [*FAST, "--per-device-batch-size=4", "--gradient-accumulation-steps=4"]
-    plain = learn("one", some, *FAST), learn("four", some, *four)
+    one = learn("one", some, *FAST)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1000")
-    odd = learn("odd one", some, *FAST), learn("odd four", some, *four)
-    assert all(equal_files(*pair, FILES) for pair in zip(plain, odd, strict=True))
+    four = learn("four", some, *FAST, "--per-device-batch-size=4", "--gradient-accumulation-steps=4")
     # Adam divides by the gradient's size, so it enlarges the rounding errors of the smallest gradients.
-    assert close(*map(tensors, plain), 2e-4)
-    found, wanted = ([float(row["loss"]) for row in table(output, "train_losses.csv")] for output in plain)
+    assert close(tensors(one), tensors(four), 2e-4)
+    found, wanted = ([float(row["loss"]) for row in table(run, "train_losses.csv")] for run in (one, four))
     assert found == pytest.approx(wanted, abs=1e-4)
 
 
@@ -198,28 +189,15 @@ def test_two_processes_train_and_score_as_one_does(learn, model_folder, tmp_path
     """Kills: gradients that are not averaged, equal batches for both, rows scored twice or not at all."""
     one, two = learn("one", learnable(), *FAST, "--per-device-batch-size=16"), tmp_path / "two"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi-gpu", "--num-processes=2"]
-    command += ["--mixed-precision=no", "--main_process_port=0", SCRIPT, model_folder, two]
+    command += ["--mixed-precision=no", "--main_process_port=0", train.__file__, model_folder, two]
     command += ["--dataset", tmp_path / "rows.jsonl", *FAST, "--per-device-batch-size=8"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert close(tensors(one), tensors(two), 2e-4)
-    for ours, theirs in zip(*(table(output, "metrics.csv") for output in (one, two)), strict=True):
-        found, wanted = ({name: float(value) for name, value in row.items()} for row in (ours, theirs))
-        assert found == pytest.approx(wanted, abs=1e-4, nan_ok=True)
-
-
-@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
-@pytest.mark.parametrize("used", ["bfloat16", "float32"])
-def test_training_computes_in_the_fast_dtype(stored, used, learn, model_folder, monkeypatch):
-    """Kills: the slower dtype, the dtype of the computation as the model's, an adapter that is rounded."""
-    make_model().to(getattr(torch, stored)).save_pretrained(model_folder)
-    monkeypatch.setattr(checkpoint, "product_seconds", lambda _, kind: 1 if kind == used else 2)
-    asked = [f"--dtype={used}"] if stored == "float32" else []  # a timing only chooses float32 or as stored
-    output = learn("run", learnable(), "--epochs=1", *asked)
-    config = read_config(output)
-    assert (config["dtype"], config["arguments"]["compute_dtype"]) == (stored, used)
-    assert {tensor.dtype for tensor in tensors(output).values()} == {torch.float32}
+    measured = [table(output, "metrics.csv")[-1] for output in (one, two)]
+    found, wanted = ({name: float(value) for name, value in row.items()} for row in measured)
+    assert found == pytest.approx(wanted, abs=1e-4, nan_ok=True)
 
 
 def test_without_lora_only_the_head_learns(learn):
@@ -228,18 +206,7 @@ def test_without_lora_only_the_head_learns(learn):
     assert set(tensors(output)) == {"guard_head.weight", "guard_head.bias"}
 
 
-def test_tensorboard_gets_every_loss_and_every_epoch(learn):
-    """Kills: a tracker that is not started or not finished, names that it cannot show, a wrong step."""
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    output = learn("run", learnable(), *FAST, "--report-to=tensorboard")
-    found = events.EventAccumulator(str(output / "lora-guard")).Reload()
-    for name, file, step in (("loss", "train_losses.csv", 1), ("test/hate/auprc", "metrics.csv", 5)):
-        wanted = [(step * n, float(row[name])) for n, row in enumerate(table(output, file), 1)]
-        scalars = [(event.step, event.value) for event in found.Scalars(name)]
-        assert scalars == [(step, pytest.approx(value)) for step, value in wanted]
-
-
-# ---------------------------------------------------------------- the loss, the rows and their labels
+# ---------------------------------------------------------------- the loss and the rows
 
 
 def test_loss_by_hand():
@@ -261,44 +228,6 @@ def test_learning_rate_rises_and_falls():
     assert rates.index(max(rates)) in range(3, 8)
 
 
-def test_a_category_that_training_does_not_show_both_ways_has_no_output(learn, tmp_path, capsys):
-    """Kills: an output that learns one probability for all texts, NaN of a row without categories."""
-    splits = splits_of(make_rows(80), tmp_path)
-    for split, rows in splits.items():
-        for row in rows[::5]:
-            del row["category"]
-        for row in rows:
-            if "category" in row:
-                unsafe = not row["is_safe"]
-                row["category"] = {"theft": unsafe, "hate": unsafe and split != "train"}
-                row["category"] |= {"lies": True} if unsafe else {}
-    output = learn("run", splits, *FAST)
-    assert read_config(output)["guard"]["categories"] == ["theft"]
-    assert "does not show true and false: hate, lies" in capsys.readouterr().out
-    assert tensors(output)["guard_head.weight"].shape == (2, 32)
-    assert all(float(row["loss"]) < 10 for row in table(output, "train_losses.csv"))
-    splits["train"] = [row | {"category": {"hate": False}} for row in splits["train"]]
-    with pytest.raises(UserError, match=r"without the unsafe output, rows need categories\)$"):
-        learn("none", splits, "--no-unsafe-head")
-    assert not (tmp_path / "none").exists()
-
-
-def test_rows_of_messages_are_learnt_with_their_history(learn):
-    """Kills: a history that training leaves out or cuts, a pair that as messages is another text."""
-    pairs = learnable()
-
-    def as_messages(row, *turns):
-        roles = itertools.cycle(("user", "assistant"))
-        messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
-        return {"messages": messages, "category": row["category"], "is_safe": row["is_safe"]}
-
-    same = [as_messages(row, row["prompt"], row["response"]) for row in pairs]
-    assert equal_files(learn("pairs", pairs, *FAST), learn("same", same, *FAST), FILES)
-    later = [as_messages(row, row["prompt"] + row["response"], "or", "is", "or") for row in pairs]
-    output = learn("later", later, "--epochs=3", "--learning-rate=0.003")
-    assert float(table(output, "metrics.csv")[-1]["test/auprc"]) > 0.95  # only the history tells
-
-
 def test_too_long_training_rows_are_left_out_and_others_scored(learn, tmp_path, capsys):
     """Kills: an update beyond the context, labels that shift by one, a long test row that is left out too."""
     splits = splits_of(learnable(), tmp_path)
@@ -313,7 +242,6 @@ def test_too_long_training_rows_are_left_out_and_others_scored(learn, tmp_path, 
     far = [row | {"prompt": row["prompt"] * (1 if row["is_safe"] else 99)} for row in splits["train"]]
     with pytest.raises(UserError, match=r"left out .* the others lack an output's true or false labels"):
         learn("none", splits | {"train": far})
-    assert not (tmp_path / "none").exists()
 
 
 # ---------------------------------------------------------------- thresholds
@@ -332,23 +260,19 @@ def test_thresholds_keep_to_their_rates(learn, capsys):
     assert "it refuses" not in said and "it flags" not in said
     best = max(table(output, "metrics.csv"), key=lambda row: float(row["validation/auprc"]))
     config = read_config(output)
-    for name, kind in (("threshold", "answer"), ("prompt_threshold", "prompt")):
+    guard = load_guard(output / "config.json", device_id=-1)
+    for name, kind, rows in (("threshold", "answer", pairs), ("prompt_threshold", "prompt", prompts)):
         points = config["operating_points"][kind]
         assert points["0.02"][0] > points["0.05"][0] > points["0.1"][0]
         assert config["guard"][name] == points["0.05"][0] == float(best[name])
-        rows = (prompts if kind == "prompt" else pairs)[120:320]
-        for rate in (0.02, 0.05, 0.1):
-            guard = load_guard(output / "config.json", device_id=-1, max_fpr=rate)
-            flagged = [verdict.flagged for verdict in guard.classify([row for row in rows if row["is_safe"]])]
-            assert np.mean(flagged) <= rate
-        assert np.mean(flagged) > 0.05
+        verdicts = guard.classify([row for row in rows[120:320] if row["is_safe"]])
+        assert 0.02 < np.mean([verdict.flagged for verdict in verdicts]) <= 0.05
     assert config["guard"]["threshold"] != config["guard"]["prompt_threshold"]
 
 
-@pytest.mark.parametrize("alone", [0, 100])  # prompts without an answer
-def test_too_few_rows_give_no_threshold_and_the_run_says_so(alone, learn, capsys):
+def test_too_few_rows_give_no_threshold_and_the_run_says_so(learn, capsys):
     """Kills: a threshold of four rows, silence about a guard that refuses no prompt."""
-    prompts = [{"prompt": f"{n} {('harmful', 'bread')[n % 2]}", "is_safe": n % 2 == 1} for n in range(alone)]
+    prompts = [{"prompt": f"{n} {('harmful', 'bread')[n % 2]}", "is_safe": n % 2 == 1} for n in range(100)]
     config = read_config(learn("run", learnable() + prompts, "--epochs=1"))
     assert (config["guard"]["threshold"], config["guard"]["prompt_threshold"]) == (0.5, NEVER)
     assert "0.05" not in config["operating_points"]["prompt"] | config["operating_points"]["answer"]
@@ -361,8 +285,6 @@ def test_too_few_rows_give_no_threshold_and_the_run_says_so(alone, learn, capsys
 BAD = {  # {argument: what the message names}
     "--epochs=0": "--epochs",
     "--learning-rate=nan": "--learning-rate",
-    "--seed=-1": "--seed",
-    "--seed=2147483648": "--seed",
     "--lora-dropout=1": "dropout",
     "--gradient-checkpointing": "--guard-path full",
     "--dataset=none.jsonl": "none.jsonl",

@@ -1,4 +1,4 @@
-"""Training from caches that are kept on disk. Each test names the mutations that it kills."""
+"""Training from caches that are kept on disk."""
 
 import sys
 from unittest.mock import Mock
@@ -18,10 +18,11 @@ TEXTS = ("how is the bread?", "hi", "the answer is harmful, and the user is safe
 IDS = [ids_of(make_tokenizer(), text, "safe") for text in TEXTS]
 
 
-def test_kept_caches_give_the_same_logits_and_each_text_is_read_once(tmp_path, monkeypatch):
-    """Kills: a cut at another place, padding that is seen, a text or its cut read again, mixed-up files."""
+def test_kept_caches_give_the_same_logits(tmp_path, monkeypatch):
+    """Kills: a cut at another place, padding that is seen, a text read again, another dtype's or model's."""
     guard, cuts = make_guard(), [[3, 12], [4, 9], [30, 40], [7, 8]]
-    wanted = guard(IDS, cuts)
+    long = [[5 + n % 300 for n in range(CONTEXT + 40)]]  # read in windows
+    wanted, wanted_of_long = guard(IDS, cuts), score(guard, long)
     folder = keep_caches(guard, tmp_path)
     read = Mock(wraps=guard.chat_model.base_model.forward)
     monkeypatch.setattr(guard.chat_model.base_model, "forward", read)
@@ -30,21 +31,10 @@ def test_kept_caches_give_the_same_logits_and_each_text_is_read_once(tmp_path, m
     assert read.call_count == len(IDS) + 2  # the guard prompt is read twice
     with torch.autocast("cpu", torch.bfloat16):
         guard(IDS, cuts)
-    guard.chat_model.double()
-    assert torch.allclose(guard(IDS, cuts), wanted, atol=1e-5)
-    assert len(list(folder.iterdir())) == 3 * len(IDS)  # each dtype has its own
+    assert len(list(folder.iterdir())) == 2 * len(IDS)
+    assert torch.allclose(score(guard, long), wanted_of_long, atol=1e-5)
     other = GuardedChat(make_model(seed=1), make_tokenizer(), GuardConfig())  # of other matrices alone
-    guard.chat_model.config.rope_theta = 7.0
-    assert len({folder, keep_caches(guard, tmp_path), keep_caches(other, tmp_path)}) == 3
-
-
-def test_a_text_beyond_the_context_is_read_in_windows(tmp_path):
-    """Kills: the cache of a window that is cut out of a text which the model cannot read whole."""
-    guard, texts = make_guard(), [[5 + n % 300 for n in range(CONTEXT + 40)]]
-    wanted = score(guard, texts)
-    folder = keep_caches(guard, tmp_path)
-    assert torch.allclose(score(guard, texts), wanted, atol=1e-5)
-    assert all(safetensors.torch.load_file(path)["cache"].shape[3] < CONTEXT for path in folder.iterdir())
+    assert keep_caches(other, tmp_path) != folder
 
 
 def test_a_guard_whose_caches_cannot_be_kept_is_refused(tmp_path):
@@ -55,17 +45,6 @@ def test_a_guard_whose_caches_cannot_be_kept_is_refused(tmp_path):
     assert not (tmp_path / "caches").exists()
 
 
-def test_a_damaged_cache_file_is_named(tmp_path):
-    """Kills: a traceback, and a verdict on what is left of the file."""
-    guard = make_guard()
-    folder = keep_caches(guard, tmp_path)
-    score(guard, IDS[:1])
-    [path] = folder.iterdir()
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match=f"{path.name} is damaged, delete it"):
-        score(guard, IDS[:1])
-
-
 def test_kept_caches_change_no_loss_and_a_second_run_reads_nothing(model_folder, tmp_path, monkeypatch):
     """Kills: a file for every cut, rows mixed up, arguments that are lost, a second run that reads again."""
     rows = [row | {"response": "it is so " * (1 + n % 7)} for n, row in enumerate(make_rows(80))]
@@ -73,8 +52,8 @@ def test_kept_caches_change_no_loss_and_a_second_run_reads_nothing(model_folder,
     adapters, times = {}, {}
     monkeypatch.setattr(train, "load", train.load)  # undone at the end
     for name, command in (("plain", train), ("kept", train_cached), ("again", train_cached)):
-        folder = [tmp_path / "caches"] if command is train_cached else []
-        monkeypatch.setattr(sys, "argv", ["", *map(str, (*folder, model_folder, tmp_path / name, *options))])
+        folder = [str(tmp_path / "caches")] if command is train_cached else []
+        monkeypatch.setattr(sys, "argv", ["", *folder, model_folder, str(tmp_path / name), *options])
         command.main()
         adapters[name] = safetensors.torch.load_file(tmp_path / name / "adapter.safetensors")
         times[name] = {path: path.stat().st_mtime_ns for path in tmp_path.glob("caches/*/*")}
