@@ -49,20 +49,17 @@ def put(path, content):
 
 
 def test_whole_words_of_a_files_name_choose_its_split(tmp_path):
-    """Kills: "test" in "latest" or "val" in "interval" as a split, a word in capitals, a folder's name."""
+    """Kills: "test" in "latest" or "val" in "interval", a word in capitals, a folder's name, a word lost."""
     (tmp_path / "test-dev").mkdir()
-    for name, split in (
-        ("latest.jsonl", "train"),
-        ("interval.jsonl", "train"),
-        ("TEST_2.jsonl", "test"),
-        ("x.validation.jsonl", "validation"),
-        ("training.jsonl", "train"),
-        ("valid-val-dev.jsonl", "validation"),
-        ("testing_eval.jsonl", "test"),
-        ("my evaluation.jsonl", "test"),
-    ):
-        path = put(tmp_path / "test-dev" / name, OK)
-        assert [(found, len(rows)) for _, found, rows in read_rows([path])] == [(split, 1)], name
+    words = {
+        "train": ("latest", "interval", "train", "training"),
+        "validation": ("x.validation", "valid", "my-val", "dev_1"),
+        "test": ("TEST_2", "testing", "eval", "evaluation"),
+    }
+    for split, names in words.items():
+        for name in names:
+            path = put(tmp_path / "test-dev" / f"{name}.jsonl", OK)
+            assert [(found, len(rows)) for _, found, rows in read_rows([path])] == [(split, 1)], name
 
 
 def test_splits_share_no_prompt_and_lose_no_row(tmp_path):
