@@ -117,8 +117,7 @@ def judge_at_once(guard, short, long):
     """
     cuts = [[2, len(short)], [2, len(long)]]
     guard.window = 0  # makes the activated path ask in turn
-    alone = [guard.states([short], cuts[:1]), guard.states([long], cuts[1:])]
-    alone = torch.cat(alone)  # (2, 2, H)
+    alone = torch.cat([guard.states([short], cuts[:1]), guard.states([long], cuts[1:])])  # (2, 2, H)
     guard.window = window_of(guard.chat_model.config.get_text_config())
     try:
         together = guard.states([short, long], cuts)

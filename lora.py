@@ -99,9 +99,10 @@ def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, reached=None, i
             linear[name] = module
     chosen = set()
     for target in targets:
-        matches = {name for name in linear if f".{name}".endswith(f".{target}")}
         if target == "all-linear":
             matches = set(linear)
+        else:
+            matches = {name for name in linear if f".{name}".endswith(f".{target}")}
         if not matches:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise ValueError(f"LoRA target {target!r} matches no layer that a text reaches, but: {known}")

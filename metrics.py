@@ -116,12 +116,12 @@ def calibrate(logits, labels, pos_weight):
     """
     shift = np.log(pos_weight)
     temperature = np.ones_like(shift)
+    z = logits - shift
     for columns in (slice(0, 1), slice(1, None)):
         targets = labels[:, columns]
-        z = (logits - shift)[:, columns]
         known = ~np.isnan(targets)
         if known.any():
-            temperature[columns] = fit_temperature(targets[known], z[known])
+            temperature[columns] = fit_temperature(targets[known], z[:, columns][known])
     return shift, temperature
 
 

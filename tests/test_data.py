@@ -306,6 +306,15 @@ def test_a_template_may_drop_spaces_and_earlier_reasoning(tokenizer):
     assert "ok" in text and "hm" not in text and text.endswith("ha</think>so ")
 
 
+def test_a_refused_row_is_named(tokenizer):
+    """Kills: an error that leaves a reader of a long file to search for its row."""
+    tokenizer.chat_template = "{{ raise_exception('no such text') }}" + CHATML
+    row = {"prompt": "hi", "response": "safe"}
+    for where, message in (("rows.jsonl, line 7", r"^rows\.jsonl, line 7: .*no such text"), (None, "'safe'")):
+        with pytest.raises(UserError, match=message):
+            encode_row(tokenizer, row, where)
+
+
 # ---------------------------------------------------------------------------
 # Updates
 
@@ -326,12 +335,3 @@ def test_an_epoch_has_every_row_in_full_updates_of_similar_lengths():
     lengths = LENGTHS[order(100, 4)].double()  # (25, 4)
     assert (lengths.amax(1) / lengths.amin(1)).median() < 1.3
     assert abs(lengths[:12].mean() - lengths[12:].mean()) < 30  # in order they would be far apart
-
-
-def test_a_refused_row_is_named(tokenizer):
-    """Kills: an error that leaves a reader of a long file to search for its row."""
-    tokenizer.chat_template = "{{ raise_exception('no such text') }}" + CHATML
-    row = {"prompt": "hi", "response": "safe"}
-    for where, message in (("rows.jsonl, line 7", r"^rows\.jsonl, line 7: .*no such text"), (None, "'safe'")):
-        with pytest.raises(UserError, match=message):
-            encode_row(tokenizer, row, where)

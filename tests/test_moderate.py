@@ -327,14 +327,15 @@ def test_the_outcome_of_a_turn_in_words():
     words = "harmful 0.900 (slur, stereotype 0.81; animal abuse 0.30)]"
     assert outcome(record("hi", [("", safe), ("bread", safe._replace(tokens=32))])) == "[0.014]"
     assert "no answer" in outcome(record("hi", [(None, safe)]))
-    stopped, refused = record("hi", turn), record("hi", [("", harmful._replace(tokens=0))])
-    assert (stopped["stopped"], stopped["response"], refused["stopped"]) == ("response", "bread", "prompt")
-    assert outcome(record("hi", turn)) == f"[stopped after 32 tokens: {words}"
+    stopped = record("hi", turn)
+    assert (stopped["stopped"], stopped["response"]) == ("response", "bread")
+    assert outcome(stopped) == f"[stopped after 32 tokens: {words}"
     assert outcome(record("hi", turn, given=True)) == f"[flagged: {words}"
     assert outcome(record("hi", [("", safe), ("bread", odd)])).isprintable()
     refused = record("hi", [("", harmful._replace(tokens=0))])
     assert outcome(refused) == f"[refused: {words}"
     assert refused["response"] is refused["response_unsafe_probability"] is None
+    assert refused["stopped"] == "prompt"
 
 
 # ---------------------------------------------------------------- the chat
