@@ -1,7 +1,4 @@
-"""Attacks by the text that is judged. Each test names the mutations that it kills.
-
-hypothesis joins control tokens that are spelled out ("literals"), their pieces and odd Unicode to texts.
-"""
+"""Attacks by the text that is judged. Each test names the mutations that it kills."""
 
 import functools
 
@@ -9,7 +6,7 @@ import pytest
 from conftest import CHATML, ids_of, make_guard, user
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from chat import moderate_turn
@@ -24,14 +21,12 @@ STYLES = {  # (control tokens, a template that writes them)
         "{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}",
     ),
     "chatml": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], CHATML),
-    # This tokenizer looks for control tokens in the normalised text.
-    "folding": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], CHATML),
 }
-LITERALS = sorted({token for tokens, _ in STYLES.values() for token in tokens})
+LITERALS = sorted({token for tokens, _ in STYLES.values() for token in tokens})  # what texts spell out
 
 
 @functools.cache
-def make(style, bare=False):
+def make(style, bare=False, folds=False):
     """A tokenizer of characters and bytes with a style's control tokens and template. `bare` has neither."""
     control, template = STYLES[style]
     if style == "mistral":
@@ -40,25 +35,20 @@ def make(style, bare=False):
         tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
         prepended = [] if bare else [normalizers.Prepend("▁")]
         tokenizer.normalizer = normalizers.Sequence([*prepended, normalizers.Replace(" ", "▁")])
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
     else:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE({piece: number for number, piece in enumerate(alphabet)}, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
     if bare:
         return tokenizer
-    if style == "folding":
+    if folds:  # it looks for control tokens in the normalised text
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=style == "folding") for token in control])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=control[-1], pad_token=control[-1], chat_template=template
-    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=folds) for token in control])
+    end = {"eos_token": control[-1], "pad_token": control[-1]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **end)
 
 
-@pytest.fixture(scope="module", params=[*(style for style in STYLES if style != "folding"), EMBEDDED])
+@pytest.fixture(scope="module", params=[*STYLES, EMBEDDED])
 def tokenizer(request):
     return load_chat_model(EMBEDDED)[1] if request.param == EMBEDDED else make(request.param)
 
@@ -96,7 +86,7 @@ def test_control_tokens_follow_from_the_roles_alone(tokenizer, prompt, response,
     assert skeleton(tokenizer, prompt, response, history(earlier)) == plain
 
 
-@pytest.mark.parametrize("style", [style for style in STYLES if style != "folding"])
+@pytest.mark.parametrize("style", STYLES)
 @settings(max_examples=16, deadline=None, derandomize=True)
 @given(text=TEXTS)
 @example("</s><|im_end|>a" + MARKERS[0])
@@ -112,16 +102,14 @@ def test_literals_are_the_characters_that_spell_them(style, text):
         assert ids_of(whole, *texts) == [*ids[:at], *bare.encode(seen).ids, *ids[at + 1 :]]
 
 
-FOLDED = ["\uff1c|im_end|\uff1e", "<|IM_END|>", "<|\uff49m_end|>", "<|im_end|>\u0338\uff1c|im_end|\uff1e"]
-
-
-@pytest.mark.parametrize("text", FOLDED)
-def test_control_token_that_normalising_brings_out_is_refused(text):
+def test_control_token_that_normalising_brings_out_is_refused():
     """Kills: a check that skips the normalised text, or that refuses every literal."""
-    tokenizer = make("folding")
-    for texts in ((text,), ("a", text)):
-        with pytest.raises(UserError, match="control token"):
-            ids_of(tokenizer, *texts)
+    tokenizer = make("chatml", folds=True)
+    folded = ["\uff1c|im_end|\uff1e", "<|IM_END|>", "<|\uff49m_end|>", "<|im_end|>\u0338\uff1c|im_end|\uff1e"]
+    for text in folded:
+        for texts in ((text,), ("a", text)):
+            with pytest.raises(UserError, match="control token"):
+                ids_of(tokenizer, *texts)
     assert skeleton(tokenizer, "<|im_end|>", "<|im_end|> a < b |> C") == skeleton(tokenizer, "a")
 
 

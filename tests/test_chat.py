@@ -5,7 +5,7 @@ from conftest import ids_of, make_guard, make_tokenizer, user, verdict_on
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from chat import answer_opening, encode, moderate_turn, shown_text
+from chat import encode, moderate_turn, shown_text
 
 CHANNELS = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] }}"
@@ -13,6 +13,7 @@ CHANNELS = (
     "{{ '<|message|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
+THOUGHT = "<|channel|>analysis<|message|>Say hi.<|end|><|start|>assistant<|channel|>final<|message|>Hello!"
 CONTROL = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
 
 
@@ -31,15 +32,10 @@ def test_a_given_answer_reads_as_a_written_one():
     assert ids == ids_of(tokenizer, "hi") + answer and start == len(ids) - len(answer)
 
 
-THOUGHT = "<|channel|>analysis<|message|>Say hi.<|end|><|start|>assistant<|channel|>final<|message|>Hello!"
-
-
 def test_only_the_final_channel_is_shown():
     """Kills: reasoning or the names of channels on the screen, a final text that comes late."""
     tokenizer = tokenizer_of_channels()
     ids = tokenizer(THOUGHT, add_special_tokens=False).input_ids
-    opening = answer_opening(tokenizer, user("hi"))
-    assert tokenizer.decode(opening) == "<|channel|>final<|message|>"
     guard = make_guard()
     guard.tokenizer = tokenizer
     pairs = [(ids[:end], verdict_on(guard, [-9.0] * 3, end)) for end in range(len(ids) + 1)]
@@ -59,9 +55,7 @@ def make_byte_fallback():
 
 
 @pytest.mark.parametrize("make", [make_tokenizer, make_byte_fallback])
-@pytest.mark.parametrize(
-    "text", ["สวัสดีครับ วันนี้", "今日はとても良い天気ですね。", "🐈‍⬛👩‍🚀🏳️‍🌈🙂🙃", "so \ufffd it is"]
-)
+@pytest.mark.parametrize("text", ["今日はとても良い天気ですね。", "🐈‍⬛👩‍🚀🏳️‍🌈🙂🙃", "so \ufffd it is"])
 def test_text_is_shown_character_by_character(text, make):
     """Kills: half a character on the screen, a text held back until a space or by a literal U+FFFD."""
     tokenizer = make()

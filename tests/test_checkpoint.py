@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import re
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,20 +15,11 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate.state import PartialState
-from conftest import guard_for, ids_of, make_guard, make_model, make_rows, make_tokenizer, score, write
+from conftest import guard_for, ids_of, make_guard, make_model, make_tokenizer, score
 from transformers.utils import logging
 
 import checkpoint
-import train
-from checkpoint import (
-    EMBEDDED,
-    adapter_header,
-    fingerprint,
-    guard_of,
-    load_chat_model,
-    load_guard,
-    save_adapter,
-)
+from checkpoint import EMBEDDED, adapter_header, fingerprint, load_chat_model, load_guard, save_adapter
 from errors import UserError, guard_arguments
 from model import NEVER, GuardConfig
 
@@ -75,18 +65,15 @@ def refusal(*paths, **options):
     return str(error.value)
 
 
-@pytest.fixture
-def no_chat_model(monkeypatch):
-    """What comes before the chat model is loaded, which takes a while."""
-    monkeypatch.setattr(checkpoint, "load_chat_model", None)
-
-
-# ---------------------------------------------------------------- a guard that is saved and loaded
-
-
-def test_a_guard_that_is_loaded_is_the_one_that_was_saved(saved):
-    """Kills: a tensor not saved, not loaded or rounded, a setting or a dtype that is not kept."""
-    guard, loaded = make_guard(), load_guard(*saved)
+def test_loading_gives_the_saved_guard_and_changes_nothing_else(saved, monkeypatch, capfd):
+    """Kills: a tensor lost or rounded, another setting or dtype, an Accelerator or bars of ours, bars off."""
+    guard = make_guard()
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # as before anybody starts accelerate
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    capfd.readouterr()
+    loaded = load_guard(*saved)
+    assert PartialState._shared_state == {} and logging.is_progress_bar_enabled()
+    assert capfd.readouterr() == ("", "")
     texts = [ids_of(guard.tokenizer, text, "safe") for text in TEXTS]
     assert torch.equal(score(loaded, texts), score(guard, texts)) and loaded.config == guard.config
     edit(saved[0], "dtype", "bfloat16")
@@ -112,13 +99,10 @@ def test_a_threshold_or_a_rate_chooses_both_thresholds(saved):
     assert load_guard(*saved, max_fpr=0.5).config.prompt_threshold == NEVER
 
 
-# ---------------------------------------------------------------- how it computes
-
-
 def test_the_faster_dtype_computes_where_it_may(model_folder, monkeypatch):
-    """Kills: noise that decides, LoRA or rotary frequencies in 16 bits, a quantised model that is cast."""
-    times = {"bfloat16": 9.0, "float16": 1.8, "float32": 1.7}
-    monkeypatch.setattr(checkpoint, "product_seconds", lambda _, dtype: times[dtype])
+    """Kills: noise, a slow first run or a mean that decides; LoRA or rotary in 16 bits, a quantised cast."""
+    times = {torch.bfloat16: 9.0, torch.float16: 1.8, torch.float32: 1.7}
+    monkeypatch.setattr(checkpoint.timeit, "repeat", lambda product, **_: [1, times[product().dtype], 99, 99])
     cases = [("bfloat16", None, "float32"), ("float16", None, "float16"), ("float32", "bfloat16", "bfloat16")]
     for stored, asked, wanted in cases:
         guard = guard_for(load_chat_model(model_folder, stored)[0])
@@ -136,28 +120,12 @@ def test_the_faster_dtype_computes_where_it_may(model_folder, monkeypatch):
         checkpoint.use_fast_dtype(quantised, "float32")
 
 
-def test_loading_a_guard_shows_no_bar_and_changes_no_global_setting(saved, monkeypatch, capfd):
-    """Kills: an Accelerator of ours beside the user's, the user's own bars switched off, a bar of ours."""
-    monkeypatch.setattr(PartialState, "_shared_state", {})  # as before anybody starts accelerate
-    monkeypatch.setattr(logging, "_tqdm_active", True)
-    capfd.readouterr()
-    load_guard(*saved)
-    assert PartialState._shared_state == {} and logging.is_progress_bar_enabled()
-    assert capfd.readouterr() == ("", "")
-
-
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     """Kills: four processes that each write every row."""
     monkeypatch.setattr(checkpoint, "Accelerator", lambda: SimpleNamespace(num_processes=1))
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"4 processes were started, .*ACCELERATE_USE_CPU=true"):
         checkpoint.start_accelerator()
-
-
-def test_a_product_is_timed_in_its_dtype_after_a_warm_up(monkeypatch):
-    """Kills: one dtype timed for another, the slow first run that counts, a mean."""
-    monkeypatch.setattr(checkpoint.timeit, "repeat", lambda product, **_: [1, 9, product().itemsize, 9])
-    assert [checkpoint.product_seconds(8, dtype) for dtype in ("bfloat16", "float32")] == [2, 4]
 
 
 def test_a_device_is_found_or_refused(monkeypatch):
@@ -169,9 +137,6 @@ def test_a_device_is_found_or_refused(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert checkpoint.find_device() == "cuda:1"
-
-
-# ---------------------------------------------------------------- files that do not fit
 
 
 Q, V = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight", "guard_head.weight"
@@ -189,8 +154,9 @@ def test_tensors_that_do_not_fit_are_all_named(saved, change, names):
     assert refusal(*saved) == OTHER.format(saved[1], ", ".join(names))
 
 
-def test_other_settings_in_config_or_adapter_are_all_named(saved, no_chat_model):
+def test_other_settings_in_config_or_adapter_are_all_named(saved, monkeypatch):
     """Kills: trusting the shapes, a field not compared, the chat model loaded first, one name of several."""
+    monkeypatch.setattr(checkpoint, "load_chat_model", None)
     fields = {"lora_alpha": 8.0, "lora_r": 5, "guard_prompt": "Bad?", "guard_path": "full"}
     fields |= {"categories": ["hate", "theft"], "unsafe_head": False, "base_fingerprint": {"norms": "0"}}
     rewrite(saved[1], header=fields)
@@ -213,7 +179,7 @@ def test_an_older_guard_had_the_defaults_of_its_time(saved, monkeypatch):
     parser = argparse.ArgumentParser()
     guard_arguments(parser)
     args = parser.parse_args([*map(str, saved), "--verdict-every=7"])
-    assert guard_of(args).config.verdict_every == 7
+    assert checkpoint.guard_of(args).config.verdict_every == 7
     monkeypatch.setattr(checkpoint, "GuardConfig", Newer)
     assert load_guard(*saved).config.lora_rule == "plain"
     edit(saved[0], "lora_rule", "signed")
@@ -237,8 +203,9 @@ def test_another_base_of_the_same_shapes_is_refused(saved, change, part, monkeyp
     assert refusal(*saved) == OTHER.format(saved[0], part)
 
 
-def test_a_damaged_adapter_or_what_is_no_file_is_refused_at_once(saved, tmp_path, no_chat_model):
+def test_a_damaged_adapter_or_what_is_no_file_is_refused_at_once(saved, tmp_path, monkeypatch):
     """Kills: loading what is left of an adapter, waiting for a pipe, the chat model loaded first."""
+    monkeypatch.setattr(checkpoint, "load_chat_model", None)
     whole = saved[1].read_bytes()
     foreign = safetensors.torch.save({Q: torch.ones(1)})
     for content in (b"", whole[:100], whole[:-1], pickle.dumps({Q: 1}), foreign):
@@ -249,25 +216,20 @@ def test_a_damaged_adapter_or_what_is_no_file_is_refused_at_once(saved, tmp_path
         assert refusal(path, saved[1]) == refusal(saved[0], path) == f"{path} is not a file"
 
 
-WRONG = {"base_model": 3, "dtype": "float3", "date": "soon", "base_fingerprint": None}
-WRONG |= {"threshold": math.nan, "prompt_threshold": None}
-
-
 def test_a_damaged_config_is_refused(saved):
     """Kills: a KeyError or JSON error that reaches the user, a default for what the guard was saved with."""
     whole = saved[0].read_text()
     for text in ("", "[]", "{}", '{"guard": 3}', "[" * 10**5, "\xff"):
         saved[0].write_bytes(text.encode("latin-1"))
         assert f"{saved[0]} is not the config of a guard; train.py writes a new one" in refusal(*saved)
-    for name, value in WRONG.items():
+    wrong = {"base_model": 3, "dtype": "float3", "date": "soon", "base_fingerprint": None}
+    wrong |= {"threshold": math.nan, "prompt_threshold": None}
+    for name, value in wrong.items():
         saved[0].write_text(whole)
         edit(saved[0], name, value)
         assert re.search("config.json is not the config|no guard for|cannot load the chat", refusal(*saved))
         edit(saved[0], name)  # removes it
         assert refusal(*saved).endswith(f"is not the config of a guard; train.py writes a new one ({name!r})")
-
-
-# ---------------------------------------------------------------- chat models
 
 
 def test_code_that_came_with_a_chat_model_is_not_run(saved, tmp_path, monkeypatch):
@@ -342,8 +304,8 @@ def test_a_gguf_file_is_unpacked_once(gguf, monkeypatch, capsys):
     assert gguf.unpacked == ["tiny.gguf"] * 3 + [checkpoint.embedded_gguf().name]
 
 
-def test_processes_that_unpack_at_once_both_succeed(gguf, monkeypatch):
-    """Kills: a slower process that fails on the folder of a faster one, a copy that is left behind."""
+def test_a_copy_is_whole_although_processes_unpack_at_once(gguf, monkeypatch):
+    """Kills: failing on a faster process's folder, half a copy kept, a line without the folder to delete."""
     load = checkpoint.load_pretrained
 
     def overtaken(*source, **options):
@@ -355,29 +317,15 @@ def test_processes_that_unpack_at_once_both_succeed(gguf, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_pretrained", overtaken)
     load_chat_model(gguf.path)
     assert len(gguf.unpacked) == 3 and len([*gguf.kept.iterdir()]) == 1
-
-
-def test_a_copy_that_is_no_good_is_not_used(gguf, monkeypatch):
-    """Kills: half a copy that is left behind, a line that does not say which folder to delete."""
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot load the chat model"):
-        patch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", None)
-        load_chat_model(gguf.path)
-    assert [*gguf.kept.iterdir()] == []
-    load_chat_model(gguf.path)
     [weights] = gguf.kept.glob("*/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match=f"delete its unpacked copy in {gguf.kept}"):
         load_chat_model(gguf.path)
-
-
-def test_a_trained_guard_remembers_the_links_name(gguf, tmp_path, monkeypatch):
-    """Kills: the name of the blob, which no suffix tells to be a .gguf file, as the config's base_model."""
-    rows = write(tmp_path / "train.jsonl", make_rows(60))
-    options = {"device": torch.device("cpu"), "print": print, "num_processes": 1, "mixed_precision": "no"}
-    monkeypatch.chdir(tmp_path / "snapshot")
-    monkeypatch.setattr(sys, "argv", ["train.py", "tiny.gguf", "run", "--dataset", rows, "--dtype=float32"])
-    _, _, config = train.load(train.parse_arguments(), SimpleNamespace(**options), None)
-    assert config["base_model"] == gguf.path
+    os.utime(gguf.path, (1, 1))  # another version, which is unpacked anew
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", None)
+    with pytest.raises(UserError, match="cannot load the chat model"):
+        load_chat_model(gguf.path)
+    assert len([*gguf.kept.iterdir()]) == 1
 
 
 SHIPPED = [("guard", EMBEDDED, 10), ("guard/qwen2.5-coder-1.5b", "qwen2.5-coder-1.5b.gguf", 20)]

@@ -3,12 +3,21 @@
 import gzip
 import json
 import os
+from unittest.mock import Mock
 
 import pyarrow
 import pytest
 from pyarrow.parquet import write_table
 
 from tools import convert
+
+PKU = {"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 0}
+SAFER = PKU | {"is_response_0_safe": True, "is_response_1_safe": False}
+WILD = {"prompt": "w", "response": "r", "prompt_harm_label": "harmful", "response_harm_label": "unharmful"}
+AEGIS = {"prompt": "e", "response": "r", "prompt_label": "safe", "response_label": "unsafe"}
+TOXIC = {"user_input": "u", "model_output": "o", "toxicity": 0, "jailbreaking": 0}
+USER = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
 
 
 @pytest.fixture
@@ -33,30 +42,26 @@ def prompts(lines):
     return [line["prompt"] for line in lines]
 
 
-PKU = {"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 0}
-SAFER = PKU | {"is_response_0_safe": True, "is_response_1_safe": False}
-WILD = {"prompt": "w", "response": "r", "prompt_harm_label": "harmful", "response_harm_label": "unharmful"}
-AEGIS = {"prompt": "e", "response": "r", "prompt_label": "safe", "response_label": "unsafe"}
-TOXIC = {"user_input": "u", "model_output": "o", "toxicity": 0, "jailbreaking": 0}
-SETS = [
-    (TOXIC, [("u", None, True)]),
-    (TOXIC | {"jailbreaking": 1}, [("u", None, False)]),
-    (WILD, [("w", None, False), ("w", "r", True)]),
-    (SAFER, [("p", "x", True), ("p", "y", False)]),
-    (SAFER | {"is_response_0_safe": None}, [("p", "y", False)]),
-    (AEGIS, [("e", None, True), ("e", "r", False)]),
-    ({"prompt": "o", "S": 0, "V2": 1}, [("o", None, False)]),
-    ({"behavior": "b", "generation": "g", "label": 1}, [("b", "g", False)]),
-    ({"prompt": "a", "response": "r", "is_safe": 1}, [("a", "r", True)]),
-    (PKU, [("p", "x", None), ("p", "y", None)]),
-]
-
-
-@pytest.mark.parametrize(("row", "wanted"), SETS)
-def test_each_labelled_text_is_a_line(converted, row, wanted):
+def test_each_labelled_text_is_a_line(converted):
     """Kills: the other polarity, a text or label that is not read, an unknown label taken for a known one."""
-    lines, _ = converted([row])
-    assert [(line["prompt"], line.get("response"), line.get("is_safe")) for line in lines] == wanted
+    for row, wanted in (
+        (TOXIC, [("u", None, True)]),
+        (TOXIC | {"jailbreaking": 1}, [("u", None, False)]),
+        (TOXIC | {"toxicity": 1}, [("u", None, False)]),
+        (WILD, [("w", None, False), ("w", "r", True)]),
+        (WILD | {"prompt_harm_label": 1, "response_harm_label": 0}, [("w", None, False), ("w", "r", True)]),
+        (SAFER, [("p", "x", True), ("p", "y", False)]),
+        (SAFER | {"is_response_0_safe": None}, [("p", "y", False)]),
+        (AEGIS, [("e", None, True), ("e", "r", False)]),
+        (AEGIS | {"prompt_label": 0, "response_label": 1}, [("e", None, True), ("e", "r", False)]),
+        ({"prompt": "o", "S": 0, "V2": 1}, [("o", None, False)]),
+        ({"prompt": "o", "S": 0, "V2": 0}, [("o", None, True)]),
+        ({"behavior": "b", "generation": "g", "label": 1}, [("b", "g", False)]),
+        ({"prompt": "a", "response": "r", "is_safe": 1}, [("a", "r", True)]),
+        (PKU, [("p", "x", None), ("p", "y", None)]),
+    ):
+        lines, _ = converted([row])
+        assert [(line["prompt"], line.get("response"), line.get("is_safe")) for line in lines] == wanted
 
 
 @pytest.mark.parametrize("name", convert.PLAIN)
@@ -86,31 +91,27 @@ def test_categories(converted):
     assert [line["is_safe"] for line in lines] == [False, True, False, False] and said == ""
 
 
-USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-REFUSED = [
-    ({"prompt": "p", "is_safe": 2}, "`is_safe` is 2"),
-    (PKU | {"response": "r"}, "response_0"),
-    (PKU | {"is_safe": 1}, "response_0"),
-    ({"prompt": "p", "is_safe": 1, "is_unsafe": 1}, "disagrees"),
-    ({"prompt": "p", "is_safe": 1, "category": {"a": 1}}, "`category` is true"),
-    ({"prompt": "p", "category": ["a"]}, "['a']"),
-    ({"response": "r"}, "no text as `prompt`"),
-    ({"prompt": 3}, "`prompt` is 3"),
-    ({"prompt": "\ud800"}, "surrogate"),
-    ({"prompt": "p", "Prompt": "q"}, "twice"),
-    ({"messages": [USER], "prompt": "x"}, "last turn"),
-    ({"messages": [USER | {"content": [{"type": "image", "text": "a"}]}]}, "not text"),
-    ({"messages": [USER | {"tool_calls": [{}]}]}, "tool_calls"),
-    ({"messages": [ANSWER]}, "roles"),
-]
-
-
-@pytest.mark.parametrize(("row", "why"), REFUSED)
-def test_what_has_two_meanings_or_none_is_refused(converted, row, why):
+def test_what_has_two_meanings_or_none_is_refused(converted):
     """Kills: a text or a label that another one silently replaces, a good row that is lost with a bad one."""
-    lines, said = converted([{"prompt": "a"}, row, {"prompt": "b"}])
-    assert prompts(lines) == ["a", "b"] and said.startswith("r.jsonl, line 2: ")
-    assert why in said and said.count("\n") == 1
+    for row, why in (
+        ({"prompt": "p", "is_safe": 2}, "`is_safe` is 2"),
+        (PKU | {"response": "r"}, "response_0"),
+        (PKU | {"is_safe": 1}, "response_0"),
+        ({"prompt": "p", "is_safe": 1, "is_unsafe": 1}, "disagrees"),
+        ({"prompt": "p", "is_safe": 1, "category": {"a": 1}}, "`category` is true"),
+        ({"prompt": "p", "category": ["a"]}, "['a']"),
+        ({"response": "r"}, "no text as `prompt`"),
+        ({"prompt": 3}, "`prompt` is 3"),
+        ({"prompt": "\ud800"}, "surrogate"),
+        ({"prompt": "p", "Prompt": "q"}, "twice"),
+        ({"messages": [USER], "prompt": "x"}, "last turn"),
+        ({"messages": [USER | {"content": [{"type": "image", "text": "a"}]}]}, "not text"),
+        ({"messages": [USER | {"tool_calls": [{}]}]}, "tool_calls"),
+        ({"messages": [ANSWER]}, "roles"),
+    ):
+        lines, said = converted([{"prompt": "a"}, row, {"prompt": "b"}])
+        assert prompts(lines) == ["a", "b"] and said.startswith("r.jsonl, line 2: ")
+        assert why in said and said.count("\n") == 1
 
 
 def test_other_columns_stay_and_translated_ones_go(converted):
@@ -131,25 +132,23 @@ def test_conversations(converted):
     found = [[message["content"] for message in line["messages"]] for line in lines]
     assert found == [["s", "a", "b"], ["aa"]] and said == ""
     assert [line["is_safe"] for line in lines] == [False, False]
-    for text in (json.dumps([USER]).replace('"', '""'), str([USER])):
-        lines, _ = converted(f'messages;is_safe\n"{text}";1\n', name="r.csv")
-        assert lines == [{"messages": [USER], "is_safe": True}]
+    lines, _ = converted(f'messages;is_safe\n"{[USER]}";1\n', name="r.csv")
+    assert lines == [{"messages": [USER], "is_safe": True}]
 
 
 ROWS = [{"prompt": "größe 東京", "is_safe": True}, {"prompt": "b", "is_safe": False}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 ARRAY = "\n " + json.dumps(ROWS, indent=1)
 TABLE = "prompt\tis_safe\ngröße 東京\t1\nb\t0\n"
-KINDS = [(".ndjson", LINES), (".json", LINES), (".json", ARRAY), (".tsv", TABLE)]
 
 
-@pytest.mark.parametrize(("ending", "text"), KINDS)
-def test_kinds_of_files_and_encodings(converted, ending, text):
+def test_kinds_of_files_and_encodings(converted):
     """Kills: an ending that is not read, in capitals or packed; a byte-order mark taken for text."""
-    assert converted(gzip.compress(text.encode()), name=f"r{ending}.GZ") == (ROWS, "")
-    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
-        assert converted(text.encode(encoding), name=f"r{ending.upper()}") == (ROWS, "")
-    assert converted(text.encode("gb18030"), "--encoding=gb18030", name=f"r{ending}") == (ROWS, "")
+    for ending, text in ((".ndjson", LINES), (".json", LINES), (".json", ARRAY), (".tsv", TABLE)):
+        assert converted(gzip.compress(text.encode()), name=f"r{ending}.GZ") == (ROWS, "")
+        for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+            assert converted(text.encode(encoding), name=f"r{ending.upper()}") == (ROWS, "")
+        assert converted(text.encode("gb18030"), "--encoding=gb18030", name=f"r{ending}") == (ROWS, "")
 
 
 def test_tables(converted):
@@ -162,23 +161,21 @@ def test_tables(converted):
     assert lines == [{"prompt": "Hello, how; are\tyou"}]
 
 
-PACKED = gzip.compress(b'{"prompt": "a"}\n{"prompt": "b"}\n')
-DAMAGED = [
-    ("wrong.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n{"prompt": "b"}\n', ", line 2: "),
-    ("twice.jsonl", b'{"prompt": "a"}\n{"prompt": "x", "prompt": "y"}\n{"prompt": "b"}\n', ", line 2: "),
-    ("twice.csv", b'prompt;category\na;\nb;\nc;"{""x"": 1, ""x"": 0}"\n', ", row 3: "),
-    ("stray.csv", b'prompt;x\na;1\nb;1\n"c" d;1\ne;1\n', ", after row 2, "),
-    ("cut.json", b'[{"prompt": "a"}, {"prompt": "b"}, {"pro', ", after row 2, "),
-    ("cut.csv.gz", gzip.compress(b"prompt\na\nb\ncut")[:-8], ", after row 2, "),
-    ("cut.jsonl.gz", PACKED[:-8], ", after line 2, "),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "place"), DAMAGED)
-def test_what_comes_before_the_damage_is_kept(converted, name, content, place):
+def test_what_comes_before_the_damage_is_kept(converted):
     """Kills: rows before the damage that are lost, a cut row that is kept, a name given twice."""
-    lines, said = converted(content, name=name)
-    assert prompts(lines) == ["a", "b"] and name + place in said
+    packed = gzip.compress(b'{"prompt": "a"}\n{"prompt": "b"}\n')
+    for name, content, place in (
+        ("wrong.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n{"prompt": "b"}\n', ", line 2: "),
+        ("twice.jsonl", b'{"prompt": "a"}\n{"prompt": "x", "prompt": "y"}\n{"prompt": "b"}\n', ", line 2: "),
+        ("twice.csv", b'prompt;category\na;\nb;\nc;"{""x"": 1, ""x"": 0}"\n', ", row 3: "),
+        ("stray.csv", b'prompt;x\na;1\nb;1\n"c" d;1\ne;1\n', ", after row 2, "),
+        ("cut.json", b'[{"prompt": "a"}, {"prompt": "b"}, {"pro', ", after row 2, "),
+        ("cut.json.gz", gzip.compress(b'[{"prompt": "a"}, {"prompt": "b"}, {"pro')[:-8], ", after row 2, "),
+        ("cut.csv.gz", gzip.compress(b"prompt\na\nb\ncut")[:-8], ", after row 2, "),
+        ("cut.jsonl.gz", packed[:-8], ", after line 2, "),
+    ):
+        lines, said = converted(content, name=name)
+        assert prompts(lines) == ["a", "b"] and name + place in said
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"prompt,prompt\na,b\n"])
@@ -211,13 +208,10 @@ def test_a_folder_stands_for_its_files(tmp_path, capsys):
     (folder / "c.json").write_text(json.dumps([{"prompt": "b"}]))
     assert convert.main([str(folder), str(out)]) == 2
     said = capsys.readouterr()
-    assert [line.split(": ")[0] for line in said.err.splitlines()] == [
-        f"{folder}/fifo.jsonl",
-        f"{folder}/rows.xlsx",
-    ]
-    assert said.out.startswith(
-        "prompts: 0 safe, 2 unsafe, 1 unlabelled; answers: 1 safe, 0 unsafe, 0 unlabelled;"
-    )
+    bad = [line.split(": ")[0] for line in said.err.splitlines()]
+    assert bad == [f"{folder}/fifo.jsonl", f"{folder}/rows.xlsx"]
+    counts = "prompts: 0 safe, 2 unsafe, 1 unlabelled; answers: 1 safe, 0 unsafe, 0 unlabelled;"
+    assert said.out.startswith(counts)
     assert prompts(map(json.loads, out.read_text().splitlines())) == ["a", "w", "w", "b"]
 
 
@@ -228,7 +222,6 @@ def test_bad_arguments_change_nothing(tmp_path, monkeypatch, capsys):
     (tmp_path / "same.jsonl").hardlink_to(rows)
     monkeypatch.setattr(convert, "rows_of", None)
     for *arguments, why in (
-        (rows, rows, "one of the files"),
         (rows, tmp_path / "same.jsonl", "one of the files"),
         (rows, tmp_path / "none/out.jsonl", "must be a file"),
         (tmp_path / "none.jsonl", out, "does not exist"),
@@ -241,12 +234,10 @@ def test_bad_arguments_change_nothing(tmp_path, monkeypatch, capsys):
     assert rows.read_text() == '{"prompt": "a"}\n' and not out.exists()
 
 
-def test_the_output_appears_whole(tmp_path, monkeypatch):
+def test_the_output_appears_whole(converted, tmp_path, monkeypatch):
     """Kills: half of the lines under the output's name, a temporary file that stays."""
-    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
-    rows.write_text('{"prompt": "a"}\n')
-    out.write_text("before")
-    monkeypatch.setattr(convert, "to_json", lambda line: (tmp_path / "no such file").read_bytes())
+    (tmp_path / "out.jsonl").write_text("before")
+    monkeypatch.setattr(convert, "to_json", Mock(side_effect=OSError))
     with pytest.raises(SystemExit):
-        convert.main([str(rows), str(out)])
-    assert out.read_text() == "before" and len(list(tmp_path.iterdir())) == 2
+        converted([{"prompt": "a"}])
+    assert (tmp_path / "out.jsonl").read_text() == "before" and len(list(tmp_path.iterdir())) == 2

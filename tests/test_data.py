@@ -44,10 +44,6 @@ def put(path, content):
     return str(path)
 
 
-# ---------------------------------------------------------------------------
-# Splits
-
-
 def test_whole_words_of_a_files_name_choose_its_split(tmp_path):
     """Kills: "test" in "latest" or "val" in "interval", a word in capitals, a folder's name, a word lost."""
     (tmp_path / "test-dev").mkdir()
@@ -106,17 +102,24 @@ def test_a_category_has_an_output_if_training_shows_it_both_ways(tmp_path):
     assert names == ["theft", "greed"] and notes[-1].endswith("true and false: never, rare, late")
 
 
-def test_what_cannot_be_learnt_from_is_refused(tmp_path):
-    """Kills: a guard of one class, an epoch chosen on none, a file without rows, one of two splits."""
+def test_what_cannot_be_learnt_from_is_refused_in_one_line(tmp_path):
+    """Kills: a guard of one class, an epoch chosen on none, two splits, a refusal that names no tool."""
     rows = make_rows(100)
     for name, part, message in (
         ("train-test.jsonl", rows, "has the words of several splits: train, test"),
         ("rows.jsonl", rows[1::2], "the train split .*needs safe and unsafe ones"),
         ("rows.jsonl", rows[:4], "the validation split"),
         ("rows.jsonl", [], "has no rows"),
+        ("rows.jsonl", [{"user_input": "a", "toxicity": 1}], r"line 1: .*tools/convert\.py"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
             load_splits([write(tmp_path / name, part)])
+    ours, table = (write(tmp_path / name, rows) for name in ("rows.jsonl", "rows.tsv"))
+    for sources in ([table], [ours, table], [str(tmp_path)]):
+        with pytest.raises(UserError, match=r"^[^\n]* is not [^\n]*tools/convert\.py[^\n]*$"):
+            load_splits(sources)
+    with pytest.raises(UserError, match=r"--dataset train\.jsonl"):  # what works without the hub
+        load_splits(["no/such-data-set"])
 
 
 def test_over_blocking_rows_are_unlike_the_training_rows():
@@ -128,10 +131,6 @@ def test_over_blocking_rows_are_unlike_the_training_rows():
     for held_out in words["overblocking"]:
         for learnt in words["sample"] + words["prompts"]:
             assert len(held_out & learnt) / len(held_out | learnt) < 0.5, held_out
-
-
-# ---------------------------------------------------------------------------
-# Reading and checking
 
 
 def test_the_kinds_of_files_hold_the_same_rows(tmp_path):
@@ -168,7 +167,6 @@ def test_labels_are_read_as_tables_write_them_or_follow_or_are_unknown(tmp_path)
 BAD_ROWS = {
     "null prompt": {"prompt": None},
     "number for a response": {"prompt": "a", "response": 3},
-    "text for a row": "a",
     "list for a category": {"prompt": "a", "category": ["theft"]},
     "safe with a true category": {"prompt": "a", "category": {"theft": True}, "is_safe": True},
     "another word for a label": {"prompt": "a", "is_safe": "safe"},
@@ -184,9 +182,9 @@ BAD_ROWS = {
 @pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_bad_row_is_refused_by_its_place(tmp_path, row):
     """Kills: a check that is left out, a word taken for a label, a row skipped in silence, a count from 0."""
-    row = {"is_safe": False} | row if isinstance(row, dict) else row
+    rows = [*make_rows(40), {"is_safe": False} | row]
     with pytest.raises(UserError, match=r"rows\.jsonl, line 41: "):
-        load_splits([write(tmp_path / "rows.jsonl", [*make_rows(40), row])])
+        load_splits([write(tmp_path / "rows.jsonl", rows)])
 
 
 @pytest.mark.parametrize("name", ["Response", "response_0"])
@@ -236,20 +234,8 @@ def test_what_cannot_be_read_costs_itself_alone(kind, tokenizer, tmp_path):
         assert len(rows_of(str(path))) == 3
 
 
-def test_other_sources_are_refused_in_one_line(tmp_path):
-    """Kills: a traceback for a file of another kind, an error that does not say which tool reads it."""
-    ours, table = write(tmp_path / "a.jsonl", make_rows(40)), put(tmp_path / "rows.tsv", OK)
-    for sources in ([table], [ours, table], [str(tmp_path)]):
-        with pytest.raises(UserError, match=r"^[^\n]* is not [^\n]*tools/convert\.py[^\n]*$"):
-            load_splits(sources)
-    with pytest.raises(UserError, match=r"line 1: [^\n]*tools/convert\.py"):
-        rows_of(write(tmp_path / "a.jsonl", [{"user_input": "a", "toxicity": 1}]))
-    with pytest.raises(UserError, match=r"--dataset train\.jsonl"):  # what works without the hub
-        load_splits(["no/such-data-set"])
-
-
-def test_messages_are_a_conversation_up_to_the_last_turn(tmp_path):
-    """Kills: a history that is lost, an answer taken for a prompt, a cell's JSON taken for text, nulls."""
+def test_messages_are_a_conversation_and_a_blank_answer_is_none(tmp_path):
+    """Kills: a lost history or answer, a cell's JSON taken for text, nulls, a blank answer kept."""
     chats = [CHAT, [*CHAT, said("assistant", "the answer")]]
     with_nulls = [[message | {"n": None} for message in chat] for chat in chats]
     table = put(tmp_path / "a.parquet", {"messages": with_nulls, "is_safe": [1, 0]})
@@ -257,16 +243,8 @@ def test_messages_are_a_conversation_up_to_the_last_turn(tmp_path):
     text = put(tmp_path / "b.csv", 'messages,is_safe\n"{}",1\n"{}",0\n'.format(*cells).encode())
     for file in (table, text):
         assert [conversation(row) for row in rows_of(file)] == chats
-
-
-def test_a_blank_answer_is_no_answer(tokenizer):
-    """Kills: an empty answer that gets an answer's verdict and threshold."""
-    for row in ({"prompt": "hi", "response": " \n"}, {"messages": [*user("hi"), said("assistant", "")]}):
-        assert encode_row(tokenizer, row) == encode(tokenizer, user("hi"))
-
-
-# ---------------------------------------------------------------------------
-# Token ids; more of them in test_chat.py, and the control tokens in test_attacks.py
+    blank = [{"prompt": "hi", "response": " \n"}, {"messages": [*user("hi"), said("assistant", "")]}]
+    assert [conversation(row) for row in blank] == [user("hi")] * 2
 
 
 @pytest.mark.parametrize("messages", [user("  ünï 🙂 \n\n"), user("a < b |> <|im end|>"), CHAT])
@@ -281,57 +259,37 @@ def test_texts_are_read_as_the_chat_template_writes_them(tokenizer, messages):
     assert encode(tokenizer, pair)[:3] == (whole, len(prompt), True)
 
 
-TEXT = "message['content']"
-
-
-def test_a_text_that_the_template_drops_is_refused(tokenizer):
-    """Kills: a verdict on a conversation that lacks a part, a check that finds it in another text."""
+def test_a_template_may_drop_spaces_and_earlier_reasoning_alone(tokenizer):
+    """Kills: a lost part, one that another text has as well, a check too strict, a row that is not named."""
+    content = "message['content']"
     repeated = [said("user", "or?"), said("assistant", "harmful||hi"), said("user", "harmful||hi")]
     behind_a_mark = user("hi|\U000f0000|harmful<|im_end|>")
     for template, messages in (
-        (CHATML.replace(TEXT, f"({TEXT}.split('||')[-1])"), repeated),
-        (CHATML.replace(TEXT, f"({TEXT}.split('||')[0])"), behind_a_mark),
+        (CHATML.replace(content, f"({content}.split('||')[-1])"), repeated),
+        (CHATML.replace(content, f"({content}.split('||')[0])"), behind_a_mark),
         (CHATML.replace("in messages", "in messages if message['role'] != 'system'"), CHAT),
     ):
         tokenizer.chat_template = template
-        with pytest.raises(UserError, match="drops a part"):
-            encode(tokenizer, messages)
-
-
-def test_a_template_may_drop_spaces_and_earlier_reasoning(tokenizer):
-    """Kills: a check on what the chat model does not read."""
-    tokenizer.chat_template = CHATML.replace(TEXT, f"({TEXT}.split('</think>')[-1] | trim)")
+        with pytest.raises(UserError, match=r"^the row {'messages': \[{'role': .*drops a part"):
+            encode_row(tokenizer, {"messages": messages})
+    tokenizer.chat_template = CHATML.replace(content, f"({content}.split('</think>')[-1] | trim)")
     earlier = [*user(" hi"), said("assistant", "hm</think>ok ")]
     text = tokenizer.decode(ids_of(tokenizer, "or? ", "ha</think>so ", earlier))
     assert "ok" in text and "hm" not in text and text.endswith("ha</think>so ")
 
 
-def test_a_refused_row_is_named(tokenizer):
-    """Kills: an error that leaves a reader of a long file to search for its row."""
-    tokenizer.chat_template = "{{ raise_exception('no such text') }}" + CHATML
-    row = {"prompt": "hi", "response": "safe"}
-    for where, message in (("rows.jsonl, line 7", r"^rows\.jsonl, line 7: .*no such text"), (None, "'safe'")):
-        with pytest.raises(UserError, match=message):
-            encode_row(tokenizer, row, where)
-
-
-# ---------------------------------------------------------------------------
-# Updates
-
-LENGTHS = torch.tensor([7 * i % 101 + 1 for i in range(101)])
-
-
-def order(rows, per_update, seed=0):
-    return epoch_updates(LENGTHS[:rows], per_update, torch.Generator().manual_seed(seed))
-
-
 def test_an_epoch_has_every_row_in_full_updates_of_similar_lengths():
     """Kills: a last partial update, rows left out, an order without a seed or by length."""
+    lengths = torch.tensor([7 * i % 101 + 1 for i in range(101)])
+
+    def order(rows, per_update, seed=0):
+        return epoch_updates(lengths[:rows], per_update, torch.Generator().manual_seed(seed))
+
     for rows, per_update in ((100, 4), (101, 12), (3, 8)):
         updates = order(rows, per_update)
         assert updates.shape == (math.ceil(rows / per_update), per_update)
         assert set(updates.flatten().tolist()) == set(range(rows))
     assert torch.equal(order(100, 4), order(100, 4)) and not torch.equal(order(100, 4), order(100, 4, seed=1))
-    lengths = LENGTHS[order(100, 4)].double()  # (25, 4)
-    assert (lengths.amax(1) / lengths.amin(1)).median() < 1.3
-    assert abs(lengths[:12].mean() - lengths[12:].mean()) < 30  # in order they would be far apart
+    found = lengths[order(100, 4)].double()  # (25, 4)
+    assert (found.amax(1) / found.amin(1)).median() < 1.3
+    assert abs(found[:12].mean() - found[12:].mean()) < 30  # in order they would be far apart

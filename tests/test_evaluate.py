@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ids_of, make_guard, make_rows, score, user, write
+from conftest import ids_of, make_guard, make_rows, score, write
 
 import evaluate
 from chat import Text
@@ -33,29 +33,27 @@ def result(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(evaluate, "guard_of", lambda args: call.guard)
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--dataset", *names, *map(str, options)])
         evaluate.main()
-        out = capsys.readouterr().out
-        return strict_json(out) if "--json" in options else out
+        out, progress = capsys.readouterr()
+        assert "computing in float32" in progress
+        return json.loads(out) if "--json" in options else out
 
     call.guard = make_guard(prompt_threshold=2.0, threshold=0.0)
     return call
 
 
-def strict_json(text):
-    """Parse JSON. Python's parser would take NaN as well, which is not JSON."""
-    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-
-
 def lines_of(path):
-    return [strict_json(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("path", ["activated", "full"])
 def test_the_command_gives_the_fields_of_the_contract(path, result, tmp_path):
-    """Kills: logits for probabilities, an unread response, swapped labels, a lost field, a wrong merge."""
+    """Kills: logits as scores, an unread answer, swapped labels, lost fields, a wrong merge, slow dtypes."""
     result.guard = make_guard(guard_path=path, prompt_threshold=2.0, threshold=0.0)
     unmerged = make_guard(guard_path=path)
     rounding = {"abs": 1e-5} if path == "full" else {}  # of merged weights
-    found = result(ROWS, "--json", "--scores", tmp_path / "scores.jsonl")
+    first = result(ROWS, "--json", "--scores", tmp_path / "scores.jsonl")
+    assert result([str(tmp_path / "scores.jsonl")], "--json") == first
+    found = dict(first)
     texts = [ids_of(result.guard.tokenizer, row["prompt"], row.get("response")) for row in ROWS]
     scores = score(unmerged, texts).double().sigmoid().numpy()
     unsafe, flagged = np.array([1, 1, 0, 0]), np.array([True, True, True, False])  # the last has no response
@@ -75,15 +73,6 @@ def test_the_command_gives_the_fields_of_the_contract(path, result, tmp_path):
         assert kept == given
 
 
-def test_scored_rows_can_be_measured_again(result, tmp_path):
-    """Kills: scored rows that lack a text or a label, or that this command does not read."""
-    rows = [*ROWS, {"messages": [*user("hi"), {"role": "assistant", "content": "or"}], "is_safe": True}]
-    first = result(rows, "--json", "--scores", tmp_path / "scores.jsonl")
-    assert result([str(tmp_path / "scores.jsonl")], "--json") == first
-    with pytest.raises(UserError, match="own categories, flagged, unsafe_probability"):
-        result([str(tmp_path / "scores.jsonl")], "--scores", tmp_path / "again.jsonl")
-
-
 def test_a_nan_score_counts_as_flagged(result, tmp_path):
     """Kills: a broken guard that is measured as if it let everything pass, NaN in the scored rows."""
     result.guard.config.threshold = 2.0
@@ -94,21 +83,20 @@ def test_a_nan_score_counts_as_flagged(result, tmp_path):
     ]
     found = result(ROWS, "--json", "--running=99", "--scores", tmp_path / "scores.jsonl")
     assert (found["recall"], found["fpr"], found["auroc"], found["running"]["flagged"]) == (0.5, 0, 0.75, 1)
-    first, *others = lines_of(tmp_path / "scores.jsonl")
+    first = lines_of(tmp_path / "scores.jsonl")[0]
     assert first["flagged"] and first["unsafe_probability"] is first["categories"]["hate"] is None
-    assert not any(row["flagged"] for row in others)
 
 
-def test_bad_arguments_are_refused(result, tmp_path, capsys, monkeypatch):
-    """Kills: rows that their own scores replace, verdicts after no tokens, the same figures twice."""
+def test_bad_arguments_are_refused(result, tmp_path, monkeypatch):
+    """Kills: rows or labels that scores replace, verdicts after no tokens, the same figures twice."""
     (tmp_path / "link.jsonl").symlink_to("rows.jsonl")
-    for name in ("rows.jsonl", "link.jsonl"):
-        with pytest.raises(UserError, match="destroy its input"):
-            result(ROWS, "--scores", tmp_path / name)
-        assert lines_of(tmp_path / "rows.jsonl") == ROWS
+    with pytest.raises(UserError, match="destroy its input"):
+        result(ROWS, "--scores", tmp_path / "link.jsonl")
+    assert lines_of(tmp_path / "rows.jsonl") == ROWS
     with pytest.raises(SystemExit):
         result(ROWS, "--running=0")
-    assert "--running" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(UserError, match="own categories, flagged"):
+        result([ROWS[0] | {"flagged": 1, "categories": {}}], "--scores", tmp_path / "scores.jsonl")
     with pytest.raises(UserError, match="no rows to evaluate on"):
         result([])
     monkeypatch.setattr(evaluate, "start_accelerator", lambda: type("Two", (), {"num_processes": 2}))
@@ -135,10 +123,9 @@ def test_every_file_has_figures_of_its_own(result, tmp_path):
         names.append(write(tmp_path / name, part))
     found = result(names, "--json")
     assert list(found["sources"]) == names and found["rows"] == 24
-    for name, count in zip(names, (20, 4), strict=True):
+    for name, measured in found["sources"].items():
         alone = result([name], "--json")
-        wanted = {key: alone[key] for key in found["sources"][name]}
-        assert found["sources"][name] == pytest.approx(wanted, abs=1e-6) and wanted["rows"] == count
+        assert measured == pytest.approx({key: alone[key] for key in measured}, abs=1e-6)
     table = result(names).splitlines()
     assert table[table.index(f"{names[0]}:") + 1].startswith("rows 20  positives 10")
 
@@ -153,8 +140,7 @@ def test_the_table_shows_what_can_be_known(result):
     found = result(safe, "--json")
     assert found["fpr"] == 1 and found["auprc"] is found["auroc"] is found["recall"] is None
     assert found["intervals"]["fpr"] == [1, 1] and found["categories"] == {}
-    lines = {line.split()[0]: line.split()[1] for line in result(safe).splitlines()}
-    assert lines["fpr"] == "1.000" and lines["auprc"] == "-"
+    assert f"\n{'auprc':50}      - " in result(safe)
 
 
 def test_intervals_come_from_draws_of_prompts():
@@ -169,8 +155,6 @@ def test_intervals_come_from_draws_of_prompts():
     assert high - low == pytest.approx(2 * 1.96 * (value * (1 - value) / 200) ** 0.5, rel=0.15)
     repeated = bootstrap([np.repeat(column, 4) for column in columns], np.repeat(prompts, 4))["accuracy"]
     assert repeated == pytest.approx([low, high], abs=0.02)
-    one_class = bootstrap((np.ones(10, int), scores[:10], np.ones(10, bool)), np.arange(10), draws=20)
-    assert one_class["recall"] == [1, 1] and "auroc" not in one_class
 
 
 ANSWERS = [  # (is it safe, {token: is it flagged there?}), with a verdict after every 4 tokens
@@ -198,13 +182,3 @@ def test_running_figures_by_hand():
     assert (found.pop("flagged"), found.pop("safe_and_not_flagged")) == (2, 3)
     assert found.pop("median_token_of_first_flag") == 6.0
     assert found == {"flagged_by_half": 0.5, "of_these_cut_on_the_way": 1 / 3}
-    guard.judge = lambda texts, progress: judged[3:4]
-    assert running(guard, rows[3:4], texts[3:4])["flagged_by_half"] is None
-
-
-def test_an_evaluation_is_computed_in_the_fast_dtype(result, monkeypatch):
-    """Kills: 16 bits where a product of fp32 is faster."""
-    monkeypatch.setattr("checkpoint.product_seconds", lambda _, dtype: {"float32": 1}.get(dtype, 2))
-    result.guard.chat_model.to(torch.bfloat16)
-    result(ROWS)
-    assert result.guard.chat_model.dtype == torch.float32

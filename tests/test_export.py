@@ -1,8 +1,9 @@
 """Guards for other software, and the client of those that vLLM serves."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from urllib import request
+from urllib.error import HTTPError, URLError
 
 import pytest
 import safetensors.torch
@@ -17,6 +18,7 @@ from tools import client
 from tools.export import CLASSIFIERS, export
 
 IDS = [5, 6, 7, 8, 9, 10]
+URL = "http://host:8000"
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -71,79 +73,61 @@ def test_what_others_would_misread_is_not_written(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------- the client
-
-
 @pytest.fixture
-def serve():
-    """Start a server with vLLM's protocol. answer(number, ids) -> a status and the outputs at each token."""
-    servers = []
+def serve(monkeypatch):
+    """A server with vLLM's protocol at URL. answer(number, ids) -> a status and the outputs at each token."""
+    monkeypatch.setattr(client, "PAUSES", (0,) * 4)
 
     def start(answer, room=10**6):
         seen = []
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.reply(200, {"max_model_len": room})
+        def urlopen(asked, timeout):
+            if not asked.full_url.startswith(URL):
+                raise URLError("refused")
+            status, data = 200, {"max_model_len": room}
+            if asked.full_url != f"{URL}/v1/models":
+                body = json.loads(asked.data)
+                assert asked.full_url == f"{URL}/pooling" and body["task"] == "token_classify"
+                assert body["use_activation"] is False
+                seen.append(body["input"])
+                status, outputs = answer(len(seen), body["input"])
+                data = {"data": outputs}
+            if status != 200:
+                raise HTTPError(asked.full_url, status, "no", {}, None)
+            return BytesIO(json.dumps({"data": [data]}).encode())
 
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                assert self.path == "/pooling" and request["task"] == "token_classify"
-                assert request["use_activation"] is False
-                seen.append(request["input"])
-                status, outputs = answer(len(seen), request["input"])
-                self.reply(status, {"data": outputs})
+        monkeypatch.setattr(request, "urlopen", urlopen)
+        return seen
 
-            def reply(self, status, data):
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(json.dumps({"data": [data]}).encode())
-
-            def log_message(self, *_):
-                pass
-
-        servers.append(ThreadingHTTPServer(("localhost", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://localhost:{servers[-1].server_port}", seen
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 def served(tmp_path, **settings):
     """(guard, its folder, answer for `serve`)."""
     settings = {"guard_path": "full", "guard_prompt": "", "verdict_every": 8, "threshold": 0.6} | settings
-    guard, lock = make_guard(**settings), threading.Lock()
+    guard = make_guard(**settings)
     export(make_guard(**settings), tmp_path / "served", "vllm")
 
     def answer(number, ids):
-        with lock, torch.no_grad():
+        with torch.no_grad():
             logits = guard([ids], [list(range(1, len(ids) + 1))])[0]
         return 200, logits[:, 0 if guard.config.unsafe_head else 1 :].tolist()
 
     return guard, tmp_path / "served", answer
 
 
-ROWS = [*make_rows(5), {"prompt": "bread? " * 300, "id": 7}, {"prompt": 3}, {"prompt": "Hi"}]
-
-
 @pytest.mark.parametrize(("unsafe_head", "room"), [(True, 10**6), (False, 100)])
-def test_the_client_writes_what_moderate_writes(unsafe_head, room, serve, tmp_path, monkeypatch):
-    """Kills: the last token alone, parts of a long text left out, another order, no retry, no resume."""
-    monkeypatch.setattr(client, "PAUSES", (0,) * 5)
+def test_the_client_writes_what_moderate_writes(unsafe_head, room, serve, tmp_path):
+    """Kills: the last token alone, parts of a long text left out, another order, no retry."""
     guard, folder, answer = served(tmp_path, unsafe_head=unsafe_head)
     guard.max_tokens = min(guard.max_tokens, room)
-    url, seen = serve(lambda number, ids: (503, []) if number == 1 else answer(number, ids), room)
-    theirs = client.ServedGuard(folder, [url, "http://localhost:9"])
+    seen = serve(lambda number, ids: (503, []) if number == 1 else answer(number, ids), room)
+    theirs = client.ServedGuard(folder, [URL, "http://nobody"])
     source, wanted, found = (tmp_path / name for name in ("rows.jsonl", "wanted.jsonl", "found.jsonl"))
-    write(source, ROWS)
-    for judge, target in ((guard, wanted), (theirs, found), (theirs, found)):
-        asked = len(seen)
+    write(source, [*make_rows(5), {"prompt": "bread? " * 300, "id": 7}, {"prompt": 3}, {"prompt": "Hi"}])
+    for judge, target in ((guard, wanted), (theirs, found)):
         with pytest.raises(UserError, match="1 rows cannot be judged"):
             score_file(judge, source, target, start_accelerator())
-    assert len(seen) == asked  # the second run finds all rows judged
     assert max(map(len, seen)) == guard.max_tokens
     pairs = zip(found.read_text().splitlines(), wanted.read_text().splitlines(), strict=True)
     for their, our in (map(json.loads, pair) for pair in pairs):
@@ -152,32 +136,24 @@ def test_the_client_writes_what_moderate_writes(unsafe_head, room, serve, tmp_pa
         assert their == our
 
 
-def test_a_server_without_verdicts_ends_the_run(serve, tmp_path, monkeypatch):
-    """Kills: a retry that cannot help, an endless one, a traceback, verdicts of another guard."""
-    monkeypatch.setattr(client, "PAUSES", (0,) * 3)
+def test_a_server_an_address_or_a_folder_of_something_else_is_named(serve, model_folder, tmp_path):
+    """Kills: a retry that cannot help, an endless one, a traceback, verdicts of another guard or of none."""
     _, folder, _ = served(tmp_path)
     write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}])
     for status, outputs, reason, requests in (
         (400, "too long", "gives no verdict", 1),
-        (500, "starting", "gives no verdict", 3),
+        (500, "starting", "gives no verdict", 4),
         (200, [[0.0]], "serves another guard", 1),
         (200, "text", "does not serve this guard", 1),
     ):
-        url, seen = serve(lambda number, ids, reply=(status, outputs): reply)
-        guard = client.ServedGuard(folder, [url])
-        with pytest.raises(UserError, match=f"{url} {reason}"):
+        seen = serve(lambda number, ids, reply=(status, outputs): reply)
+        guard = client.ServedGuard(folder, [URL])
+        with pytest.raises(UserError, match=f"{URL} {reason}"):
             score_file(guard, tmp_path / "rows.jsonl", tmp_path / "out.jsonl", start_accelerator())
         assert len(seen) == requests and not (tmp_path / "out.jsonl").exists()
-
-
-def test_an_address_or_a_folder_of_something_else_is_named(tmp_path, monkeypatch):
-    """Kills: a traceback, a run that starts without a server, a chat model's folder taken for a guard's."""
-    monkeypatch.setattr(client, "PAUSES", (0,) * 3)
-    _, folder, _ = served(tmp_path)
-    for url, reason in (("host1", "is no address"), ("http://localhost:9", "gives no verdict")):
+    for url, reason in (("host1", "is no address"), ("http://nobody", "gives no verdict")):
         with pytest.raises(UserError, match=f"{url} {reason}"):
             client.ServedGuard(folder, [url])
-    make_model().save_pretrained(tmp_path / "chat")
-    for name in ("chat", "none"):
+    for name in (model_folder, tmp_path / "none"):
         with pytest.raises(UserError, match="is no folder that tools"):
-            client.ServedGuard(tmp_path / name, [])
+            client.ServedGuard(name, [])

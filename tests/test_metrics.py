@@ -18,13 +18,6 @@ SCORES = {
 }
 
 
-def sigmoid(z):
-    return 1 / (1 + np.exp(-z))
-
-
-# ---------------------------------------------------------------- how good scores are
-
-
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 def test_metrics_equal_those_of_scikit_learn(scores):
     """Kills: ties that count one by one, an area by the wrong rule, bins by rank, two metrics mixed up."""
@@ -58,10 +51,6 @@ def test_a_ratio_of_nothing_is_nan():
     known = [{name for name in found if not math.isnan(found[name])} for found in (harmless, harmful, empty)]
     assert known[0] == {"accuracy", "fpr", "calibration_error"} and known[2] == set()
     assert known[1] == {"accuracy", "precision", "recall", "f1", "auprc", "calibration_error"}
-    assert (harmless["accuracy"], harmless["fpr"], harmful["recall"]) == (1, 0, 0.25)
-
-
-# ---------------------------------------------------------------- where to flag
 
 
 @pytest.mark.parametrize("limit", [0, 0.05, 1])
@@ -82,23 +71,11 @@ HARMFUL = np.arange(100) / 100  # scores of 100 harmful rows, 0 to .99
 
 
 def points(prompts, answers):
-    """operating_points of (safe scores, harmful scores) of prompts and of answers, in one shuffled array."""
+    """operating_points of (safe scores, harmful scores) of prompts and of answers."""
     scores = np.concatenate([*prompts, *answers])
     labels = np.repeat([0, 1, 0, 1], [len(part) for part in (*prompts, *answers)])
     answered = np.arange(len(scores)) >= sum(map(len, prompts))
-    order = np.random.default_rng(0).permutation(len(scores))
-    return operating_points(labels[order], scores[order], answered[order])
-
-
-def test_operating_points_keep_to_their_rates():
-    """Kills: prompts that count in the choice for answers, or the reverse; rates that are mixed up."""
-    found = points((SAFE, HARMFUL), (SAFE / 2, HARMFUL / 2))
-    for kind, scale in (("prompt", 1), ("answer", 0.5)):
-        assert list(found[kind]) == ["0.005", "0.01", "0.02", "0.05", "0.1"]
-        for rate, (threshold, recall) in found[kind].items():
-            fpr = (scale * SAFE >= threshold).mean()
-            assert fpr <= float(rate) <= fpr + 0.01  # one more of 200 rows is .005
-            assert recall == (scale * HARMFUL >= threshold).mean() > 0.19
+    return operating_points(labels, scores, answered)
 
 
 def test_operating_points_need_rows_enough_of_their_kind():
@@ -107,15 +84,13 @@ def test_operating_points_need_rows_enough_of_their_kind():
     found = {"prompt": points(few, many), "answer": points(many, few)}
     assert list(points((SAFE[:19], HARMFUL), many)["prompt"]) == ["0.1"]
     for kind, other in (("prompt", "answer"), ("answer", "prompt")):
-        assert list(found[kind][kind]) == ["0.05", "0.1"] and len(found[kind][other]) == 5
+        assert list(found[kind][other]) == ["0.005", "0.01", "0.02", "0.05", "0.1"]
+        assert list(found[kind][kind]) == ["0.05", "0.1"]
     for one_class in ((SAFE, []), ([], HARMFUL), ([], [])):
         assert points(one_class, many)["prompt"] == {}
         answer = points(many, [part[:1] for part in one_class])["answer"]  # all rows count
         assert answer["0.05"][0] == pytest.approx(points(many, many)["prompt"]["0.05"][0], abs=0.01)
         assert points(one_class, one_class) == {"prompt": {}, "answer": {}}
-
-
-# ---------------------------------------------------------------- what makes probabilities of logits
 
 
 def test_separable_rows_keep_scores_that_differ():
@@ -140,8 +115,6 @@ def test_calibration_by_hand():
     assert temperature == pytest.approx(wanted, rel=0.01)
     labels[:, 1:] = unknown
     assert calibrate(logits, labels, np.ones(3))[1].tolist()[1:] == [1, 1]
-    alone = calibrate(logits[:, :1], labels[:, :1], np.ones(1))  # a guard without categories
-    assert [len(values) for values in alone] == [1, 1]
 
 
 @pytest.mark.parametrize(("unsafe_head", "z"), [(True, [0.35, 19.85]), (False, [6.0, 0.0])])
@@ -150,4 +123,4 @@ def test_an_unsafe_score_is_a_probability(unsafe_head, z):
     shift, temperature = np.array([0.3, -1, 2]), np.array([2, 0.5, 1])
     logits = np.array([[1.0, 2.0, 3.0], [40.0, -1.0, -9.0]], np.float32)
     found = unsafe_score(logits, (shift, temperature), unsafe_head)
-    assert found == pytest.approx(sigmoid(np.array(z)), abs=1e-12) and (found < 1).all()
+    assert found == pytest.approx(1 / (1 + np.exp(-np.array(z))), abs=1e-12) and (found < 1).all()

@@ -7,18 +7,7 @@ from unittest.mock import patch
 import conftest
 import pytest
 import torch
-from conftest import (
-    CONTEXT,
-    PATHS,
-    forward,
-    guard_for,
-    ids_of,
-    make_guard,
-    make_model,
-    score,
-    user,
-    verdict_on,
-)
+from conftest import PATHS, forward, guard_for, ids_of, make_guard, make_model, score, user, verdict_on
 from transformers import DynamicCache
 
 import model
@@ -29,9 +18,6 @@ from model import GuardConfig, GuardedChat
 
 KINDS = ["llama", "mistral", "gpt2"]
 ROWS = [list(range(5, 36)), [5, 2, 6, 7, 2], list(range(100, 220))]  # 2 ends a text and pads a batch
-
-
-# ---------------------------------------------------------------- The two paths
 
 
 @torch.no_grad()
@@ -96,28 +82,24 @@ def test_a_text_is_judged_on_the_way_and_the_highest_verdict_counts():
     assert [verdict.unsafe, *verdict.categories.values()] == pytest.approx(highest, abs=1e-5)
 
 
-DISGUISED = {  # how a harmful text may hide: what the guard reads as well
-    "\uff28\uff4f\uff57\u3000is it?": "How is it?",
-    "H\u200bo\u00adw\u2060 is\ufeff it?": "How is it?",
-    "\uff1c|\uff49m_end|\uff1e": "<|im_end|>",
-}
-
-
 @pytest.mark.parametrize("answer", [[], [{"role": "assistant", "content": "yes"}]], ids=["prompt", "answer"])
-@pytest.mark.parametrize("disguised", DISGUISED, ids=ascii)
-def test_a_disguised_text_is_judged_as_it_reads_too(disguised, answer):
+def test_a_disguised_text_is_judged_as_it_reads_too(answer):
     """Kills: a disguise that hides harm, in an earlier turn too; the lower verdict."""
     guard = make_guard()
-    text = encode(guard.tokenizer, user(disguised) + answer)
-    plain = encode(guard.tokenizer, user(DISGUISED[disguised]) + answer)
-    assert text.undisguised == (plain,)
-    for _ in range(2):
-        wanted = score(guard, [text.ids, plain.ids])[:, 0].max().sigmoid().item()
-        assert guard.verdicts([plain, text])[1].unsafe == pytest.approx(wanted, abs=1e-5)
-        if not answer:
-            _, verdict = next(guard.stream(text, max_new_tokens=2))
-            assert verdict.unsafe == pytest.approx(wanted, abs=1e-5)
-        guard.head.weight.data.neg_()  # so the other form is the more harmful one
+    for disguised, seen in (
+        ("\uff28\uff4f\uff57\u3000is it?", "How is it?"),
+        ("H\u200bo\u00adw\u2060 is\ufeff it?", "How is it?"),
+        ("\uff1c|\uff49m_end|\uff1e", "<|im_end|>"),
+    ):
+        text, plain = (encode(guard.tokenizer, user(prompt) + answer) for prompt in (disguised, seen))
+        assert text.undisguised == (plain,)
+        for _ in range(2):
+            wanted = score(guard, [text.ids, plain.ids])[:, 0].max().sigmoid().item()
+            assert guard.verdicts([plain, text])[1].unsafe == pytest.approx(wanted, abs=1e-5)
+            if not answer:
+                _, verdict = next(guard.stream(text, max_new_tokens=2))
+                assert verdict.unsafe == pytest.approx(wanted, abs=1e-5)
+            guard.head.weight.data.neg_()  # so the other form is the more harmful one
 
 
 def test_a_plain_text_is_judged_once(tokenizer):
@@ -138,7 +120,7 @@ def test_long_text_is_seen_whole_in_windows(monkeypatch):
     monkeypatch.setattr(model, "BATCH_TOKENS", 1)  # so each window is a batch
     text = Text(list(range(1, 901)), 400, True)
     [(cuts, logits)] = guard.judge([text])
-    assert max(map(len, seen)) == guard.max_tokens <= CONTEXT
+    assert max(map(len, seen)) == guard.max_tokens <= conftest.CONTEXT
     assert {pair for window in seen for pair in pairwise(window)} == set(pairwise(text.ids))
     assert cuts.tolist() == sorted(set(cuts.tolist())) and set(text.cuts(7)) <= set(cuts.tolist())
     assert logits[:, 0].tolist() == cuts.tolist()  # the highest id before a cut is its place
@@ -160,11 +142,7 @@ def test_long_texts_share_a_batch_only_as_far_as_memory_goes(monkeypatch):
     batches = [[len(ids) for ids in call.args[1]] for call in judged.call_args_list]
     assert batches == [[100], [30, 30], [20, 10]]
     assert [len(cuts) for cuts, _ in found] == [2, 4, 13, 3, 4]
-    for (cuts, logits), (wanted_cuts, wanted_logits) in zip(found, wanted, strict=True):
-        assert torch.equal(cuts, wanted_cuts) and torch.allclose(logits, wanted_logits, atol=1e-5)
-
-
-# ---------------------------------------------------------------- The head and its verdicts
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 def test_logits_are_fp32_under_autocast():
@@ -190,8 +168,6 @@ def test_probability_is_the_sigmoid_of_the_logit():
     unsafe, theft, hate = (1 / (1 + math.exp(-z)) for z in (20.0, -1.0, 3.0))
     assert verdict.unsafe == pytest.approx(unsafe, abs=1e-12) and verdict.unsafe < 1
     assert verdict.categories == pytest.approx({"theft": theft, "hate": hate}, abs=1e-12)
-    fields = {"unsafe_probability": verdict.unsafe, "flagged": True, "categories": verdict.categories}
-    assert verdict.tokens == 5 and verdict.fields() == fields
 
 
 def test_prompts_and_answers_are_flagged_from_their_own_threshold():
@@ -207,17 +183,14 @@ def test_prompts_and_answers_are_flagged_from_their_own_threshold():
 
 
 def test_classify_gives_a_verdict_for_each_row_in_order():
-    """Kills: sorted verdicts, an answer that is left out or counts a blank one, the wrong threshold."""
-    guard = make_guard(threshold=0.0)  # every answer is flagged, and no prompt
+    """Kills: verdicts in another order, an answer or messages not read, a traceback for no prompt."""
+    guard, pair = make_guard(), ("hi", "safe")
     messages = [*user("hi"), {"role": "assistant", "content": "safe"}]
-    rows = [{"prompt": "hi"}, {"prompt": "how is the bread?", "response": " "}]
-    rows += [{"prompt": "hi", "response": "safe"}, {"messages": messages}]
-    texts = [("hi",), ("how is the bread?",), ("hi", "safe"), ("hi", "safe")]
-    alone = [score(guard, [ids_of(guard.tokenizer, *text)])[0, 0] for text in texts]
-    wanted = [logit.sigmoid().item() for logit in alone]
-    found = guard.classify(rows)
+    rows = [{"prompt": "hi"}, {"prompt": "how is it?"}, {"prompt": "hi", "response": "safe"}]
+    texts = [ids_of(guard.tokenizer, *text) for text in (("hi",), ("how is it?",), pair, pair)]
+    found = guard.classify([*rows, {"messages": messages}])
+    wanted = score(guard, texts)[:, 0].sigmoid().tolist()
     assert [verdict.unsafe for verdict in found] == pytest.approx(wanted, abs=1e-6)
-    assert [verdict.flagged for verdict in found] == [False, False, True, True]
     with pytest.raises(UserError, match="prompt"):
         guard.classify([{"response": "safe"}])
 
@@ -231,29 +204,26 @@ def test_only_the_dropout_of_lora_acts_and_in_training_only(path):
     assert torch.equal(score(guard, ROWS), score(guard, ROWS))
 
 
-# ---------------------------------------------------------------- Settings
-
-
 def test_the_default_guard_prompt_is_the_end_token_and_a_long_one_is_refused():
     """Kills: a question of many tokens, one without room for a conversation, LoRA left in the model."""
     guard, chat_model = make_guard(guard_prompt=""), make_model()
     assert guard.guard_prompt_ids.tolist() == [[guard.tokenizer.eos_token_id]]
     assert GuardConfig().verdict_every == 32
     with pytest.raises(ValueError, match="does not fit"):
-        guard_for(chat_model, guard_prompt="a " * CONTEXT)
+        guard_for(chat_model, guard_prompt="a " * conftest.CONTEXT)
     assert not any(isinstance(module, LoRALinear) for module in chat_model.modules())
 
 
-WRONG = [{"lora_r": 0}, {"lora_r": True}, {"lora_alpha": math.nan}, {"lora_alpha": -1.0}, {"threshold": "1"}]
-WRONG += [{"lora_dropout": 1.0}, {"guard_path": "half"}, {"date": "yesterday"}, {"verdict_every": -1}]
-WRONG += [{"categories": ["a", "a"]}, {"categories": "ab"}, {"categories": [], "unsafe_head": False}]
-
-
-@pytest.mark.parametrize("settings", WRONG, ids=str)
-def test_settings_that_make_no_sense_are_refused(settings):
+def test_settings_that_make_no_sense_are_refused():
     """Kills: a check that is left out, or that takes true for 1."""
+    wrong = [{"lora_r": 0}, {"lora_r": True}, {"lora_alpha": math.inf}, {"lora_alpha": -1.0}]
+    wrong += [{"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"date": "no date"}, {"guard_path": "half"}]
+    wrong += [{"threshold": "1"}, {"prompt_threshold": math.nan}, {"verdict_every": -1}]
+    wrong += [{"verdict_every": True}, {"categories": ["a", "a"]}, {"categories": "ab"}]
+    wrong += [{"categories": [], "unsafe_head": False}]
     words = {"lora_r": "LoRA|lora_r", "lora_alpha": "alpha", "lora_dropout": "dropout"}
     words |= {"guard_path": "guard path", "date": "isoformat"}
-    name = next(iter(settings))
-    with pytest.raises(ValueError, match=words.get(name, name)):
-        GuardConfig(**settings)
+    for settings in wrong:
+        name = next(iter(settings))
+        with pytest.raises(ValueError, match=words.get(name, name)):
+            GuardConfig(**settings)

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import CHATML, ids_of, make_guard, plain, score, user, verdict_on, write
+from conftest import CHATML, ids_of, make_guard, make_tokenizer, plain, score, user, verdict_on, write
 
 import checkpoint
 import moderate
@@ -31,9 +31,7 @@ ROWS = [
     {"prompt": "how is the bread?", "response": None, "response_0": "a\nb"},
     {"prompt": "a", "response": "", "response_0": None},
 ]
-ANSWER = {"role": "assistant", "content": "the answer"}
-CHATS = [{"messages": [*user("hi"), ANSWER, *user("and?")], "id": 1}, {"messages": [*user("hi"), ANSWER]}]
-LETTERS = "ZYXWVUTSRQPONM"  # every letter is a token
+CHAT = {"messages": [*user("hi"), {"role": "assistant", "content": "the answer"}, *user("and?")], "id": 1}
 BARE = re.compile(r"\[\d\.\d{3}\]")  # the outcome of a turn that is not flagged
 LONG = "how is the bread? " * 60  # longer than the context
 ODD = "{{ raise_exception('an odd one') if messages[-1]['content'] == 'odd' }}"
@@ -75,23 +73,20 @@ def both(threshold, refusal=""):
     return guard
 
 
-def probabilities(guard, *texts):
-    return torch.sigmoid(score(guard, [ids_of(guard.tokenizer, *texts)])[0].double()).tolist()
-
-
-def scripted(guard, *answers, unsafe=lambda asked, tokens: 0.2 if tokens else 0.1):
+def scripted(guard, *answers, unsafe=lambda prompt, tokens: 0.1):
     """Let the guard give these answers in turn. Returns a list that gets every conversation and its Past.
 
-    unsafe(conversation, tokens of the answer so far): how harmful that is.
+    unsafe(last prompt, tokens of the answer so far): how harmful that is.
     """
     queue, asked = itertools.cycle(answers), []
 
     def stream(prompt, past, max_new_tokens, verdict_every):
         text = guard.tokenizer.decode(prompt.ids)
+        last = text.splitlines()[-2].removesuffix("<|im_end|>")
         asked.append((text, past))
         answer = guard.tokenizer(next(queue)).input_ids[:max_new_tokens]
         for tokens in sorted({*range(0, len(answer), verdict_every), len(answer)}):
-            logits = torch.full((3,), unsafe(text, tokens)).logit()
+            logits = torch.full((3,), unsafe(last, tokens)).logit()
             yield answer[:tokens], verdict_on(guard, logits, tokens)
 
     guard.stream = stream
@@ -110,42 +105,34 @@ def talk(monkeypatch, capsys):
     return call
 
 
-# ---------------------------------------------------------------- one turn
-
-
 def test_a_given_pair_is_judged_and_nothing_generated(command):
     """Kills: a verdict on the prompt alone, a field left out or misnamed, other text on standard output."""
     guard = both(0.4)
     guard.stream = None
-    found = json.loads(command(guard, "--prompt", "hi", "--response", "the answer", "--json"))
-    unsafe, theft, hate = probabilities(guard, "hi", "the answer")
-    tokens = len(guard.tokenizer("the answer").input_ids)
-    assert found.pop("verdicts") == [[tokens, pytest.approx(unsafe, abs=1e-6)]]
-    assert found.pop("categories") == pytest.approx({"theft": theft, "hate": hate}, abs=1e-6)
-    wanted = {
+    texts = [ids_of(guard.tokenizer, "hi"), ids_of(guard.tokenizer, "hi", "the answer")]
+    (prompt, *_), (unsafe, theft, hate) = score(guard, texts).double().sigmoid().tolist()
+    assert json.loads(command(guard, "--prompt", "hi", "--response", "the answer", "--json")) == {
         "prompt": "hi",
-        "prompt_unsafe_probability": probabilities(guard, "hi")[0],
+        "prompt_unsafe_probability": pytest.approx(prompt, abs=1e-6),
         "response": "the answer",
-        "response_unsafe_probability": unsafe,
+        "response_unsafe_probability": pytest.approx(unsafe, abs=1e-6),
         "flagged": unsafe >= 0.4,
         "stopped": None,
+        "verdicts": [[len(texts[1]) - len(texts[0]), pytest.approx(unsafe, abs=1e-6)]],
+        "categories": pytest.approx({"theft": theft, "hate": hate}, abs=1e-6),
     }
-    assert found == pytest.approx(wanted, abs=1e-6)
 
 
 def test_an_answer_is_generated_and_judged_as_it_grows(files, command):
     """Kills: a lost option, an answer that is not the chat model's own, the prompt among the verdicts."""
     options = ["--prompt=hi", "--threshold=2", "--max-new-tokens=12", "--verdict-every=5", "--json"]
-    found, guard = json.loads(command(None, *files, *options)), make_guard()
-    ids = ids_of(guard.tokenizer, "hi")
-    answer = plain("llama", ids, max_new_tokens=12)
-    assert found["response"] == shown_text(guard.tokenizer, answer) != ""
-    logits = score(guard, [ids + answer[:tokens] for tokens in (0, 5, 10, 12)])
-    first, *others = logits[:, 0].sigmoid().tolist()
-    assert found["prompt_unsafe_probability"] == pytest.approx(first, abs=1e-5)
+    found, tokenizer = json.loads(command(None, *files, *options)), make_tokenizer()
+    answer = plain("llama", ids_of(tokenizer, "hi"), max_new_tokens=12)
+    assert found["response"] == shown_text(tokenizer, answer) != ""
     assert [tokens for tokens, _ in found["verdicts"]] == [5, 10, 12]
-    assert [unsafe for _, unsafe in found["verdicts"]] == pytest.approx(others, abs=1e-5)
     assert found["stopped"] is None and not found["flagged"]
+    refused = json.loads(command(None, *files, "--prompt=hi", "--threshold=0", "--json"))
+    assert refused["stopped"] == "prompt"
 
 
 def test_sampling_is_off_until_asked_for(command):
@@ -175,13 +162,9 @@ def test_only_judging_is_made_fast(command, monkeypatch, tmp_path):
     ):
         guard = make_guard(guard_path=path)
         guard.chat_model.to(torch.bfloat16)
-        (tmp_path / "out.jsonl").unlink(missing_ok=True)
         command(guard, *options)
         assert guard.chat_model.model.norm.weight.dtype == (torch.float32 if is_fast else torch.bfloat16)
         assert is_merged == (not any(isinstance(module, LoRALinear) for module in guard.modules()))
-
-
-# ---------------------------------------------------------------- files
 
 
 def scored(guard, source, target, errors=0, **options):
@@ -194,7 +177,7 @@ def scored(guard, source, target, errors=0, **options):
 
 def test_a_file_comes_back_in_order_with_its_verdicts(command, tmp_path):
     """Kills: rows in another order, lost or changed columns, an unread answer or history, a lost chunk."""
-    guard, given = make_guard(prompt_threshold=2.0, threshold=0.0), ROWS * 3 + CHATS
+    guard, given = make_guard(prompt_threshold=2.0, threshold=0.0), [*ROWS * 3, CHAT]
     source = write(tmp_path / "in.jsonl", given)
     command(guard, "--input", source, "--output", tmp_path / "1.jsonl")
     for target in (tmp_path / "1.jsonl", tmp_path / "2.jsonl"):  # the command's, and one in small chunks
@@ -213,14 +196,12 @@ def test_a_bad_row_gets_an_error_and_the_others_their_verdicts(tmp_path):
     bad = [b"[]", b"[" * 10**5, b'{"response": "a"}', b'{"prompt": "\xff"}', b'{"id": 7, "prompt": "odd"}']
     source, target, good = tmp_path / "in.jsonl", tmp_path / "out.jsonl", b'{"prompt": "a"}\n'
     source.write_bytes(b"".join(good + line + b"\n" for line in bad) + good)
-    for _ in range(2):  # the second time all rows are there, and the errors still count
-        rows = scored(guard, source, target, errors=len(bad), chunk_rows=4)
+    rows = scored(guard, source, target, errors=len(bad), chunk_rows=4)
     assert [row["flagged"] for row in rows] == [False, *[True, False] * len(bad)]
     for number, row in enumerate(rows[1::2]):
         assert row["error"].startswith(f"{source}, line {2 * number + 2}: ")
         assert row["unsafe_probability"] is None and row["categories"] == {}
-    assert rows[-2]["id"] == 7 and "an odd one" in rows[-2]["error"] and len(rows) == 2 * len(bad) + 1
-    assert all(0 < row["unsafe_probability"] < 1 for row in rows[::2])
+    assert rows[-2]["id"] == 7 and "an odd one" in rows[-2]["error"]
 
 
 def test_a_killed_scoring_goes_on_where_it_was(tmp_path):
@@ -258,11 +239,10 @@ def test_an_output_of_something_else_is_refused_and_kept(tmp_path):
 @pytest.mark.parametrize("column", ["unsafe_probability", "flagged", "categories", "error"])
 def test_a_column_that_a_verdict_would_replace_is_refused(column, tmp_path):
     """Kills: a user's own label that is lost."""
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    write(source, [{"prompt": "a"}, {"prompt": "b", column: None}])
+    source = write(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b", column: None}])
     with pytest.raises(UserError, match=f"line 2: .*own {column}; rename"):
-        scored(make_guard(), source, target)
-    assert not target.exists()
+        scored(make_guard(), source, tmp_path / "out.jsonl")
+    assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
 def test_two_processes_share_the_rows_of_a_file(files, tmp_path):
@@ -274,120 +254,75 @@ def test_two_processes_share_the_rows_of_a_file(files, tmp_path):
     assert subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300).returncode == 0
     found = [json.loads(line) for line in target.read_text().splitlines()]
     assert [row["n"] for row in found] == list(range(257))
-    for row in found[-4:]:
-        unsafe = probabilities(make_guard(), row["prompt"], row["response"] or None)[0]
-        assert row["unsafe_probability"] == pytest.approx(unsafe, abs=1e-6)
-
-
-# ---------------------------------------------------------------- examples, pipes and what a person sees
+    unsafe = [row["unsafe_probability"] for row in found]
+    assert unsafe == pytest.approx((unsafe[:3] * 86)[:257], abs=1e-6) and len(set(unsafe[:3])) == 3
 
 
 def test_without_text_the_built_in_prompts_are_shown(command):
     """Kills: a command that needs arguments, a stopped answer that is shown, a text that moves the cursor."""
-    count, shown = len(moderate.EXAMPLES), {}
-    for threshold in (1.0, 0.15, 0.0):
-        guard = both(threshold)
-        scripted(guard, EVIL)
-        shown[threshold] = command(guard)
-        assert all(prompt in shown[threshold] for prompt in moderate.EXAMPLES)
-    assert shown[1.0].count(TAMED) == len(BARE.findall(shown[1.0])) == count and "theft" not in shown[1.0]
-    assert shown[0.15].count("[stopped after") == shown[0.15].count("hate") == count
-    assert shown[0.0].count("[refused") == count and TAMED not in shown[0.15] + shown[0.0]
+    guard = both(0.5)
+    scripted(guard, EVIL, unsafe=lambda prompt, tokens: 0.9 if tokens and "Linux" in prompt else 0.1)
+    shown = command(guard)
+    assert all(f"> {prompt}\n" in shown for prompt in moderate.EXAMPLES)
+    assert shown.count(TAMED) == len(BARE.findall(shown)) == len(moderate.EXAMPLES) - 1
+    assert shown.count("[stopped after") == shown.count("theft") == 1
 
 
 def test_a_pipe_gives_one_answer_a_line(command, capsys):
     """Kills: an answer with line breaks, a blank or bad line as the end, exit status 0."""
-    lines = f"hi\n\n  \n\udcff how?\nodd\n{LONG}\nso?\n"
-
-    def pipe(guard, *options, unanswered):
-        scripted(guard, "the answer\nis  long", EVIL)
-        with pytest.raises(UserError, match=f"{unanswered} prompts"):
-            command(guard, *options, lines=lines)
-        return capsys.readouterr()
-
-    first, byte, odd, room, last = pipe(both(1.0, ODD), unanswered=3).out.splitlines()
+    guard, shown = both(0.95, ODD), []
+    scripted(guard, "the answer\nis  long", "", EVIL, unsafe=lambda text, _: 0.99 if text == "evil" else 0.1)
+    for options in ([], ["--json"]):
+        with pytest.raises(UserError, match="3 prompts"):
+            command(guard, *options, lines=f"hi\n\n  \n\udcff how?\nodd\n{LONG}\nevil\nso?\n")
+        shown.append(capsys.readouterr())
+    first, byte, odd, room, refused, last = shown[0].out.splitlines()
     assert first == "the answer is long" and last == TAMED
-    assert byte[0] == "[" and "an odd one" in odd and "no room" in room
-    shown = pipe(both(0.0, ODD), unanswered=2).out.splitlines()
-    assert shown[1:3] == [byte, odd]
-    assert [line[:8] for line in shown if line not in (byte, odd)] == ["[refused"] * 3
-    shown = pipe(both(1.0, ODD), "--json", unanswered=3)
-    assert shown.err.splitlines() == [byte, odd]
-    rows = [json.loads(line) for line in shown.out.splitlines()]
-    assert [row["prompt"] for row in rows] == ["hi", LONG.strip(), "so?"] and rows[1]["response"] is None
+    assert byte[0] == "[" and "an odd one" in odd and "no room" in room and refused[:8] == "[refused"
+    assert shown[1].err.splitlines() == [byte, odd]
+    rows = [json.loads(line) for line in shown[1].out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["hi", LONG.strip(), "evil", "so?"]
+    assert rows[1]["response"] is None
 
 
 def test_the_outcome_of_a_turn_in_words():
-    """Kills: kinds of harm beside a harmless turn, the least likely ones, a name that moves the cursor."""
+    """Kills: the least likely kinds of harm, a given answer that is stopped, a name that moves the cursor."""
     kinds = {"violence": 0.01, "slur,stereotype": 0.8123, "animal_abuse": 0.3}
     safe = Verdict(0, 0.01449, kinds, flagged=False, highest=1)
     harmful = Verdict(32, 0.9, kinds, flagged=True, highest=32)
-    odd = harmful._replace(categories={"\x1b]0;x\x07\n\t!\u202e": 0.1})
     turn = [("", safe), ("bread", harmful)]
-    words = "harmful 0.900 (slur, stereotype 0.81; animal abuse 0.30)]"
-    assert outcome(record("hi", [("", safe), ("bread", safe._replace(tokens=32))])) == "[0.014]"
-    assert "no answer" in outcome(record("hi", [(None, safe)]))
+    words = "[flagged: harmful 0.900 (slur, stereotype 0.81; animal abuse 0.30)]"
+    assert outcome(record("hi", turn, given=True)) == words
     stopped = record("hi", turn)
     assert (stopped["stopped"], stopped["response"]) == ("response", "bread")
-    assert outcome(stopped) == f"[stopped after 32 tokens: {words}"
-    assert outcome(record("hi", turn, given=True)) == f"[flagged: {words}"
-    assert outcome(record("hi", [("", safe), ("bread", odd)])).isprintable()
-    refused = record("hi", [("", harmful._replace(tokens=0))])
-    assert outcome(refused) == f"[refused: {words}"
+    refused = record("hi", [("", harmful._replace(tokens=0, categories={"\x1b]0;x\x07\n\t!\u202e": 0.1}))])
     assert refused["response"] is refused["response_unsafe_probability"] is None
-    assert refused["stopped"] == "prompt"
-
-
-# ---------------------------------------------------------------- the chat
+    assert refused["stopped"] == "prompt" and outcome(refused).isprintable()
 
 
 def test_a_chat_shows_and_keeps_what_was_not_flagged(talk):
-    """Kills: a flagged piece that is shown or kept, a conversation of one turn, a blank line as the end."""
-    guard = both(0.5)
+    """Kills: flagged, unjudged or raw text shown, refused text kept, one turn alone, a line that ends it."""
+    guard, answer = both(0.5, ODD), "ZYXWV\x07"  # six tokens; the last one rings a bell
 
-    def unsafe(asked, tokens):
-        return 0.9 if "two" in asked or ("four" in asked and tokens == 4) else 0.1
+    def unsafe(prompt, tokens):
+        if (prompt, tokens) in (("wait", 0), ("cut", 4)):
+            raise KeyboardInterrupt
+        return 0.9 if (prompt, tokens) in (("two", 0), ("four", 4)) else 0.1
 
-    asked = scripted(guard, LETTERS, unsafe=unsafe)
-    shown = talk(guard, "one", "  ", KeyboardInterrupt(), "two", "three", "four", "five")
-    answer = {"role": "assistant", "content": LETTERS[:6]}
-    history = [*user("one"), answer, *user("three"), answer]
+    asked = scripted(guard, answer, unsafe=unsafe)
+    turns = ["one", "  ", KeyboardInterrupt(), "two", "three", "four", "wait", "cut", "odd", "\udcff", "five"]
+    lines = [line for line in talk(guard, *turns).splitlines() if line.strip()]
+    history = []
+    for prompt, kept in (("one", answer), ("three", answer), ("cut", "ZY")):
+        history += [*user(prompt), {"role": "assistant", "content": kept}]
     assert asked[-1][0] == guard.tokenizer.decode(ids_of(guard.tokenizer, "five", None, history))
     past = asked[0][1]  # with it a turn reads only what is new
-    assert isinstance(past, Past) and [kept is past for _, kept in asked] == [True] * 5
-    lines = [line for line in shown.splitlines() if line.strip()]
-    whole = [LETTERS[:6], "[0.100]"]
-    kinds = "harmful 0.900 (theft 0.90; hate 0.90)]"
-    stopped = [LETTERS[:2], f"[stopped after 4 tokens: {kinds}"]
-    assert lines == [*whole, f"[refused: {kinds}", *whole, *stopped, *whole]
-
-
-@pytest.mark.parametrize("tokens, said", [(0, ""), (4, LETTERS[:2])])
-def test_ctrl_c_stops_the_answer_and_not_the_chat(tokens, said, talk):
-    """Kills: a chat that ends, unjudged text on the screen or in the history."""
-    guard = both(0.5)
-
-    def interrupt(asked, judged):
-        if "two" not in asked and judged == tokens:
-            raise KeyboardInterrupt
-        return 0.1
-
-    asked = scripted(guard, LETTERS, unsafe=interrupt)
-    shown = talk(guard, "one", "two")
-    assert shown.startswith(f"{said} [interrupted]\n" if said else "\n")
-    history = [*user("one"), {"role": "assistant", "content": said}] if said else []
-    assert asked[1][0] == guard.tokenizer.decode(ids_of(guard.tokenizer, "two", None, history))
-    assert shown.count(LETTERS[:6]) == 1
-
-
-def test_a_prompt_that_cannot_be_judged_does_not_end_the_chat(talk):
-    """Kills: a chat that ends for one text or byte, a refused text that is kept, text as it stands."""
-    guard = both(0.5, ODD)
-    asked = scripted(guard, EVIL)
-    shown = talk(guard, "odd", "a byte: \udcff", "two")
-    assert [text for text, _ in asked] == [guard.tokenizer.decode(ids_of(guard.tokenizer, "two"))]
-    assert TAMED[:4] in shown and "\x1b" not in shown
-    assert "an odd one" in shown and len(re.findall(r"^\[", shown, re.MULTILINE)) == 3
+    assert isinstance(past, Past) and all(kept is past for _, kept in asked)
+    whole, kinds = ["ZYXWV", "[0.100]"], "harmful 0.900 (theft 0.90; hate 0.90)]"
+    stopped = ["ZY", f"[stopped after 4 tokens: {kinds}", "ZY [interrupted]", "[0.100]"]
+    odd, byte = lines[-4:-2]
+    assert lines == [*whole, f"[refused: {kinds}", *whole, *stopped, odd, byte, *whole]
+    assert "an odd one" in odd and byte.startswith("[")
 
 
 def test_a_conversation_that_fills_the_context_starts_anew(talk):
@@ -406,16 +341,14 @@ def test_on_a_terminal_the_command_is_a_chat(files):
     streams = {"stdin": follower, "stdout": follower, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, **streams)
     os.close(follower)
-    shown, answer = b"", BARE.pattern.encode()
-    steps = [(b"> ", b"\xff?\n"), (rb"\[.*\]\r\n", b""), (b"> ", b"hi\n"), (answer, b""), (b"> ", b"\4")]
-    for wanted, reply in steps:
-        while not re.search(wanted, shown):
-            assert select.select([leader], [], [], 60)[0], shown
-            shown += os.read(leader, 1000)
-        shown = re.split(wanted, shown, maxsplit=1)[1]
-        assert moderate.EXAMPLES[0].encode() not in shown
-        os.write(leader, reply)
+    os.write(leader, b"\xff?\nhi\n")
+    shown = b""
+    while not re.search(rb"\[.*\]\r\n.*" + BARE.pattern.encode() + b".*> ", shown, re.DOTALL):
+        assert select.select([leader], [], [], 60)[0], shown
+        shown += os.read(leader, 1000)
+    os.write(leader, b"\4")
     assert process.wait(60) == 0 and b"%|" not in process.stderr.read()
+    assert moderate.EXAMPLES[0].encode() not in shown
     os.close(leader)
 
 
@@ -436,13 +369,11 @@ def test_bad_arguments_are_refused_before_the_guard_is_loaded(options, command, 
     assert os.listdir() == ["in.jsonl"] and Path("in.jsonl").read_text().count("\n") == len(ROWS)
 
 
-def test_a_mistake_has_exit_status_2_and_a_reader_that_leaves_1(files):
-    """Kills: a traceback for a user's mistake or a broken pipe, the exit status of a crash for both."""
+def test_a_reader_that_leaves_is_no_crash(files):
+    """Kills: a traceback for a broken pipe, exit status 0 for answers that nobody read."""
+    command = [sys.executable, moderate.__file__, *files, "--json", "--max-new-tokens=2"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    arguments = {2: [files[0], "none.safetensors"], 1: [*files, "--json", "--max-new-tokens=2"]}
-    for status, given in arguments.items():
-        process = subprocess.Popen([sys.executable, moderate.__file__, *given], text=True, **pipes)
-        process.stdout.close()
-        _, errors = process.communicate("hi\n" * 50, timeout=120)
-        assert process.returncode == status and "Traceback" not in errors and "BrokenPipe" not in errors
-        assert status == 1 or re.search(r"moderate\.py: .*none\.safetensors.*\n$", errors)
+    process = subprocess.Popen(command, text=True, **pipes)
+    process.stdout.close()
+    _, errors = process.communicate("hi\n" * 50, timeout=120)
+    assert process.returncode == 1 and "Traceback" not in errors and "BrokenPipe" not in errors

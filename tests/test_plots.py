@@ -30,16 +30,12 @@ def test_each_file_of_scores_has_a_row_of_pictures(tmp_path, monkeypatch):
     assert points[1] == pytest.approx([0.86, 0, 1, 1])  # null is 1: a broken guard flags all
 
 
-def test_rows_without_a_score_are_refused(tmp_path):
-    """Kills: a traceback, a picture of nothing, a message that names no row."""
+def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
+    """Kills: a picture of nothing, a row not named, a traceback for a misspelt suffix or no matplotlib."""
     for rows, message in (([{"is_safe": True}], "line 1: "), ([], "no rows")):
         write(tmp_path / "scores", rows)
         with pytest.raises(UserError, match=message):
             plots.read_scores([tmp_path / "scores"])
-
-
-def test_a_picture_that_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
-    """Kills: a traceback for an optional package or a misspelt suffix."""
     with pytest.raises(UserError, match=r"cannot draw .*plot\.xyz"):
         plots.plot_ablation(tmp_path / "plot.xyz", {"default": [0.8]})
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -4,11 +4,11 @@ import json
 import sys
 
 import pytest
-import torch
 from conftest import make_guard, write
 
-import checkpoint
+from checkpoint import CHOSEN_LATER
 from errors import UserError
+from model import Verdict
 from tools import thresholds
 
 
@@ -17,12 +17,7 @@ def choose(model_folder, tmp_path, monkeypatch):
     """Run the tool on rows, with a guard that judges a text by its length. Returns the new config's path."""
     guard, path = make_guard(), tmp_path / "config.json"
     path.write_text(json.dumps({"base_model": "x", "guard": {"threshold": 0.5, "categories": ["a"]}}))
-
-    def judge(texts, *_):
-        logits = [torch.tensor([[len(text.ids) / 10 - 10.0, 0, 0]]) for text in texts]
-        return [(torch.tensor([len(text.ids)]), z) for text, z in zip(texts, logits, strict=True)]
-
-    guard.judge = judge
+    guard.verdicts = lambda texts, *_: [Verdict(1, len(text.ids) / 1000, {}, False, 1) for text in texts]
     monkeypatch.setattr(thresholds, "load_guard", lambda *_, **__: guard)
 
     def run(rows, *options):
@@ -63,4 +58,4 @@ def test_a_kind_with_too_few_rows_keeps_its_threshold(choose):
 
 def test_the_new_config_fits_the_old_adapter():
     """Kills: a setting in the adapter's header that the tool changes."""
-    assert {"threshold", "prompt_threshold", "verdict_every"} <= set(checkpoint.CHOSEN_LATER)
+    assert {"threshold", "prompt_threshold", "verdict_every"} <= set(CHOSEN_LATER)

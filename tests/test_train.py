@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import accelerate.tracking
 import numpy as np
@@ -24,7 +25,7 @@ from checkpoint import load_guard
 from data import SPLITS, encode_row, load_splits
 from errors import UserError
 from model import NEVER, GuardedChat
-from train import guard_loss, learning_rate, over_cuts, seed_of
+from train import guard_loss, learning_rate, over_cuts
 
 MEASURES = ("accuracy", "precision", "recall", "f1", "fpr", "auprc")
 FILES = ("adapter.safetensors", "config.json", "metrics.csv", "train_losses.csv")
@@ -66,30 +67,27 @@ def table(output, name):
 @pytest.fixture
 def learn(model_folder, tmp_path, monkeypatch):
     """Train on rows, or on files in splits: learn(name, given, *options) -> the run's folder."""
+    (tmp_path / "link").symlink_to(model_folder)
+    monkeypatch.chdir(tmp_path)
 
     def learn(name, given, *options):
         files = given.items() if isinstance(given, dict) else [("rows", given)]
         paths = [write(tmp_path / f"{split}.jsonl", rows) for split, rows in files]
-        run(monkeypatch, model_folder, tmp_path / name, "--dataset", *paths, *options)
+        run(monkeypatch, "link", tmp_path / name, "--dataset", *paths, *options)
         return tmp_path / name
 
     return learn
 
 
-def splits_of(rows, tmp_path):
-    return load_splits([write(tmp_path / "rows.jsonl", rows)]).splits
-
-
-def equal_files(one, other, names):
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
-
-
-# ---------------------------------------------------------------- a run
+def files(output):
+    """{path: content} of a run's files but its state, which torch writes in more than one way."""
+    paths = [path for path in output.rglob("*") if path.is_file() and path.name != "state.pt"]
+    return {path.relative_to(output): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_run_learns_and_leaves_the_files_of_the_contract(path, learn, model_folder, tmp_path, capsys):
-    """Kills: a loss of the wrong sign, a missing file, the last epoch for the best, other betas."""
+def test_a_run_learns_and_leaves_the_files_of_the_contract(path, learn, tmp_path, capsys):
+    """Kills: a loss of the wrong sign, a lost file or link, the last epoch for the best, other betas."""
     output = learn("run", learnable(), "--guard-path", path, "--epochs=6", "--learning-rate=0.003")
     epochs, losses = table(output, "metrics.csv"), table(output, "train_losses.csv")
     assert float(epochs[-1]["validation/auprc"]) > 0.95
@@ -98,16 +96,14 @@ def test_a_run_learns_and_leaves_the_files_of_the_contract(path, learn, model_fo
     columns = itertools.product(SPLITS, ("", "/theft", "/hate"), MEASURES)
     others = {"epoch", "threshold", "prompt_threshold"}
     assert set(epochs[0]) == {f"{split}{part}/{measure}" for split, part, measure in columns} | others
-    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     kept = {f"checkpoints/epoch_{n}.safetensors" for n in range(1, 7)}
     pictures = {"curves.png"} if find_spec("matplotlib") else set()
-    assert files == {*FILES, *kept, *pictures, "parameter_counts.json", "checkpoints/state.pt"}
+    assert {*map(str, files(output))} == {*FILES, *kept, *pictures, "parameter_counts.json"}
     best = max(epochs, key=lambda row: float(row["validation/auprc"]))
     kept = output / f"checkpoints/epoch_{best['epoch']}.safetensors"
     assert (output / "adapter.safetensors").read_bytes() == kept.read_bytes()
     config = read_config(output)
-    assert config["base_model"] == model_folder and config["arguments"]["epochs"] == 6
-    assert config["guard"]["categories"] == ["theft", "hate"] and config["guard"]["guard_path"] == path
+    assert config["base_model"] == str(tmp_path / "link") and config["arguments"]["epochs"] == 6
     printed = capsys.readouterr().out
     figures = [f"{split} AUPRC {float(best[f'{split}/auprc']):.3f}" for split in ("validation", "test")]
     assert f"80 rows of {tmp_path / 'rows.jsonl'}" in printed and "epoch 6: train AUPRC" in printed
@@ -132,33 +128,25 @@ def test_rows_are_learnt_from_whole_and_at_random_cuts(path, learn, tmp_path, mo
     monkeypatch.setattr(GuardedChat, "forward", spy)
     learn("run", learnable(), "--epochs=2", "--guard-path", path)
     tokenizer = make_tokenizer()
-    splits = splits_of(learnable(), tmp_path)
+    splits = load_splits([tmp_path / "rows.jsonl"]).splits
     texts = {name: [encode_row(tokenizer, row) for row in splits[name]] for name in splits}
     assert seen[False] == {tuple(text.ids): {len(text.ids)} for part in texts.values() for text in part}
     assert seen[True].keys() == {tuple(text.ids) for text in texts["train"]}
     cuts = [(text, seen[True][tuple(text.ids)]) for text in texts["train"]]
     assert all(text.start < min(ends) and max(ends) == len(text.ids) for text, ends in cuts)
-    assert sum(len(ends) > 1 for _, ends in cuts) > 10
     assert any(len(ends) > 2 for _, ends in cuts)  # two epochs, each with a place of its own and the end
 
 
 def test_a_seed_gives_the_same_bytes_and_no_two_seeds_share_an_epoch(learn, monkeypatch):
     """Kills: seed plus epoch as an epoch's seed, an unseeded weight or dropout, a time in the files."""
-    orders, original = set(), train.epoch_updates
-
-    def spy(*given):
-        found = original(*given)
-        orders.add(str(found.tolist()))
-        return found
-
-    monkeypatch.setattr(train, "epoch_updates", spy)
+    orders = Mock(wraps=train.epoch_updates)
+    monkeypatch.setattr(train, "epoch_updates", orders)
     options = [*FAST, "--lora-dropout=0.1"]
     seeds = {"a": 0, "b": 1, "c": 1}
     a, b, c = (learn(name, learnable(), *options, f"--seed={seed}") for name, seed in seeds.items())
-    assert len(orders) == 4  # of two seeds and two epochs
-    assert equal_files(b, c, [*FILES, "checkpoints/epoch_2.safetensors"])
-    assert not close(tensors(a), tensors(b), 0.01)
-    assert len({seed_of(seed, epoch) for seed in range(10) for epoch in range(10)}) == 100
+    generators = [call.args[2] for call in orders.call_args_list]
+    assert len({generator.initial_seed() for generator in generators}) == 4  # of two seeds and two epochs
+    assert files(b) == files(c) and not close(tensors(a), tensors(b), 0.01)
 
 
 def test_loss_over_cuts_by_hand():
@@ -200,15 +188,6 @@ def test_two_processes_train_and_score_as_one_does(learn, model_folder, tmp_path
     assert found == pytest.approx(wanted, abs=1e-4, nan_ok=True)
 
 
-def test_without_lora_only_the_head_learns(learn):
-    """Kills: "none" taken for the name of a layer, adapters that are made all the same."""
-    output = learn("run", learnable(), "--lora-targets=none", "--epochs=1")
-    assert set(tensors(output)) == {"guard_head.weight", "guard_head.bias"}
-
-
-# ---------------------------------------------------------------- the loss and the rows
-
-
 def test_loss_by_hand():
     """Kills: a wrong share of the two terms, a weight on the negatives, a mean over known labels only."""
     logits, weight = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.0, 0.0]]), torch.tensor([2.0, 3.0, 4.0])
@@ -230,21 +209,18 @@ def test_learning_rate_rises_and_falls():
 
 def test_too_long_training_rows_are_left_out_and_others_scored(learn, tmp_path, capsys):
     """Kills: an update beyond the context, labels that shift by one, a long test row that is left out too."""
-    splits = splits_of(learnable(), tmp_path)
+    splits = load_splits([write(tmp_path / "rows.jsonl", learnable())]).splits
     long = {"prompt": "x" * CONTEXT, "response": "safe", "is_safe": True}
     splits["test"].insert(2, long | {"prompt": "y" * CONTEXT})
     without = learn("without", splits, "--epochs=1")
     assert "left out" not in capsys.readouterr().out
     output = learn("run", splits | {"train": [long, *splits["train"]]}, "--epochs=1")
     assert "left out 1 training rows of more than" in capsys.readouterr().out
-    assert equal_files(without, output, FILES)
+    assert files(without) == files(output)
     assert read_config(output)["rows"]["test"].startswith(f"{len(splits['test'])}, ")
     far = [row | {"prompt": row["prompt"] * (1 if row["is_safe"] else 99)} for row in splits["train"]]
     with pytest.raises(UserError, match=r"left out .* the others lack an output's true or false labels"):
         learn("none", splits | {"train": far})
-
-
-# ---------------------------------------------------------------- thresholds
 
 
 def test_thresholds_keep_to_their_rates(learn, capsys):
@@ -280,37 +256,29 @@ def test_too_few_rows_give_no_threshold_and_the_run_says_so(learn, capsys):
     assert answers.startswith("it flags answers from 0.5: ") and prompts.startswith("it refuses no prompt: ")
 
 
-# ---------------------------------------------------------------- mistakes
-
-BAD = {  # {argument: what the message names}
+BAD = {  # {argument or variable: what the message names}
     "--epochs=0": "--epochs",
     "--learning-rate=nan": "--learning-rate",
     "--lora-dropout=1": "dropout",
     "--gradient-checkpointing": "--guard-path full",
     "--dataset=none.jsonl": "none.jsonl",
     "--report-to=tensorboard": "tensorboard is not installed",
+    "ACCELERATE_MIXED_PRECISION=fp8": "fp8",  # the guard would be measured in another model than is used
+    "ACCELERATE_DYNAMO_BACKEND=eager": "dynamo",
 }
 
 
-@pytest.mark.parametrize("argument", BAD)
+@pytest.mark.parametrize("given", BAD)
 @pytest.mark.filterwarnings("ignore:`log_with")
-def test_a_bad_argument_is_refused_by_name_before_anything_is_written(
-    argument, learn, tmp_path, monkeypatch, capsys
-):
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(given, learn, monkeypatch, capsys):
     """Kills: a check left out, a message that does not say what is wrong, a folder that looks like a run."""
     monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list)
+    name, _, value = given.partition("=")
+    options = [given] if given.startswith("--") else []
+    if not options:
+        monkeypatch.setenv(name, value)
     with pytest.raises((SystemExit, UserError)) as left:
-        learn("run", learnable(), argument)
+        learn("run", learnable(), *options)
     said = capsys.readouterr().err if left.type is SystemExit else str(left.value)
-    assert BAD[argument] in said.splitlines()[-1] and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("setting", ["MIXED_PRECISION=fp8", "DYNAMO_BACKEND=eager"])
-def test_what_would_change_the_chat_model_is_refused(setting, learn, tmp_path, monkeypatch):
-    """Kills: a guard that is measured in another model than the one it is used in, and nobody is told."""
-    name, value = setting.split("=")
-    monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    with pytest.raises(UserError, match=r"fp8|accelerate"):
-        learn("run", learnable())
-    assert not (tmp_path / "run").exists()
+    assert BAD[given] in said.splitlines()[-1] and not Path("run").exists()
     AcceleratorState._reset_state(True)  # the next test starts without fp8

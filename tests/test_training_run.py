@@ -10,8 +10,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import make_guard, make_model, make_tokenizer, write
-from test_train import FAST, MEASURES, close, learnable, read_config, run, table, tensors
+from conftest import make_model, make_tokenizer, write
+from test_train import FAST, MEASURES, close, files, learnable, read_config, run, table, tensors
 
 import checkpoint
 import model
@@ -23,7 +23,6 @@ from errors import UserError
 from metrics import metrics, unsafe_score
 
 BARE = ["--no-unsafe-head", "--no-clf-head-bias"]
-LOSSES = [{"update": 1, "loss": 0.5}, {"update": 2, "loss": 0.25}]
 
 
 class Death(BaseException):
@@ -33,12 +32,6 @@ class Death(BaseException):
 @pytest.fixture
 def rows(tmp_path):
     return write(tmp_path / "rows.jsonl", learnable())
-
-
-def files(output):
-    """{path: content} of a run's files but its state, which torch writes in more than one way."""
-    paths = [path for path in output.rglob("*") if path.is_file() and path.name != "state.pt"]
-    return {path.relative_to(output): path.read_bytes() for path in paths}
 
 
 def die_at(monkeypatch, moment, *arguments):
@@ -58,28 +51,16 @@ def die_at(monkeypatch, moment, *arguments):
     return begun
 
 
-# ---------------------------------------------------------------- what is saved
-
-
-def test_a_split_without_rows_has_no_scores():
-    """Kills: a run that ends after its first epoch because no row fell into the test split."""
-    assert training_run.score(start_accelerator(), make_guard(), [], 8).shape == (0, 3)
-
-
 CASES = {"default": ([], "no"), "bare": (BARE, "no"), "full": (["--guard-path=full"], "bf16")}
+CASES["head alone"] = (["--lora-targets=none"], "no")
 
 
 @pytest.mark.parametrize(("options", "precision"), CASES.values(), ids=CASES)
 def test_a_saved_guard_gives_what_was_measured(options, precision, model_folder, rows, tmp_path, monkeypatch):
-    """Kills: a calibration that is not folded in, or another epoch's; scores in bf16, of other rows."""
-    measured = []
-
-    def spy(logits, calibration, unsafe_head):
-        measured.append((logits, calibration, unsafe_score(logits, calibration, unsafe_head)))
-        return measured[-1][2]
-
+    """Kills: no calibration, or another epoch's; scores in bf16, of other rows, none; LoRA for "none"."""
+    measured = Mock(wraps=unsafe_score)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    monkeypatch.setattr(training_run, "unsafe_score", spy)
+    monkeypatch.setattr(training_run, "unsafe_score", measured)
     monkeypatch.setattr(training_run, "TRAIN_SAMPLE", 24)  # of 66 rows
     output = tmp_path / "run"
     run(monkeypatch, model_folder, output, "--dataset", rows, "--epochs=2", "--learning-rate=0.003", *options)
@@ -87,8 +68,10 @@ def test_a_saved_guard_gives_what_was_measured(options, precision, model_folder,
     best = max(table(output, "metrics.csv"), key=lambda row: float(row["validation/auprc"]))
     guard = load_guard(output / "config.json", device_id=-1)
     splits, names, _ = load_splits([rows])
-    of_best = measured[3 * (int(best["epoch"]) - 1) :][:3]
-    for split, (logits, (shift, temperature), unsafe) in zip(SPLITS, of_best, strict=True):
+    of_best = measured.call_args_list[3 * (int(best["epoch"]) - 1) :][:3]
+    for split, call in zip(SPLITS, of_best, strict=True):
+        logits, (shift, temperature), _ = call.args
+        unsafe = unsafe_score(*call.args)
         chosen = np.random.default_rng(0).permutation(len(splits[split]))[:24]
         sample = [splits[split][n] for n in chosen] if split == "train" else splits[split]
         z = (logits.astype(float) - shift) / temperature  # (N, 3)
@@ -105,11 +88,11 @@ def test_a_saved_guard_gives_what_was_measured(options, precision, model_folder,
     assert "guard_head.bias" in tensors(output) and guard.config.clf_head_bias
     counts = json.loads((output / "parameter_counts.json").read_text())
     assert counts["trained"] == sum(tensor.numel() for tensor in learnt.values())
-    assert counts["lora"] == counts["trained"] - counts["guard_head"] > counts["guard_head"] > 0
+    assert counts["lora"] == sum(tensor.numel() for name, tensor in learnt.items() if "lora" in name)
+    assert (counts["lora"] == 0) == ("--lora-targets=none" in options)
+    assert counts["guard_head"] == counts["trained"] - counts["lora"] > 0
     assert counts["chat_model"] == sum(parameter.numel() for parameter in make_model().parameters())
-
-
-# ---------------------------------------------------------------- going on
+    assert training_run.score(start_accelerator(), guard, [], 8).shape == (0, 3)  # as of an empty test split
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(model_folder, rows, tmp_path, monkeypatch):
@@ -158,23 +141,13 @@ def test_the_curves_show_the_losses_and_every_split(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure", lambda **_: figure)
     rows = [{f"{split}/auprc": n / 10 + k / 100 for k, split in enumerate(SPLITS)} for n in (1, 2)]
     metrics = [{"epoch": n, **row} for n, row in enumerate(rows, 1)]
-    training_run.draw_curves(tmp_path / "curves.png", {"losses": LOSSES, "metrics": metrics})
+    losses = [{"update": 1, "loss": 0.5}, {"update": 2, "loss": 0.25}]
+    training_run.draw_curves(tmp_path / "curves.png", {"losses": losses, "metrics": metrics})
     left, right = figure.axes
     drawn = {line.get_label(): line.get_xydata().flatten().tolist() for line in right.lines}
     assert drawn == {s: [1, rows[0][f"{s}/auprc"], 2, rows[1][f"{s}/auprc"]] for s in SPLITS}
     assert left.lines[0].get_xydata().tolist() == [[1, 0.5], [2, 0.25]] and right.get_legend()
 
-
-def test_a_run_without_a_folder_takes_the_next_free_one(tmp_path, monkeypatch):
-    """Kills: a folder that is there, one behind a gap, a folder of the user's that is not taken."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("runs/1", "runs/3"):
-        Path(name).mkdir(parents=True)
-    assert training_run.run_folder(None, False) == Path("runs/2")
-    assert training_run.run_folder(Path("mine"), False) == Path("mine")
-
-
-# ---------------------------------------------------------------- what is refused
 
 OTHER = """--guard-path=full --guard-prompt=bread --lora-targets=q_proj --lora-r=3 --lora-alpha=31
 --lora-dropout=0.01 --no-unsafe-head --no-clf-head-bias --epochs=2 --per-device-batch-size=8
@@ -182,26 +155,30 @@ OTHER = """--guard-path=full --guard-prompt=bread --lora-targets=q_proj --lora-r
 --dtype=bfloat16"""  # in LEARNING's order
 
 
-@pytest.fixture
-def finished(model_folder, rows, tmp_path, monkeypatch):
-    """A run of one epoch, and a function that tries to go on with it and expects a refusal."""
-    arguments = [model_folder, tmp_path / "run", "--dataset", rows, "--epochs=1"]
+def test_a_resume_of_another_run_or_a_damaged_one_is_refused(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: an argument, a row or a model not compared, a state that is another run's or does not fit."""
+    output = tmp_path / "run"
+    arguments = [model_folder, output, "--dataset", rows, "--epochs=1"]
+    run(monkeypatch, *arguments)
+    before, path = files(output), output / "checkpoints/state.pt"
+    whole, state = path.read_bytes(), torch.load(path)
 
     def refused(match, *options):
         with pytest.raises(UserError, match=match) as error:
             run(monkeypatch, *arguments, *options, "--resume")
         assert "\n" not in str(error.value)
 
-    run(monkeypatch, *arguments)
-    return tmp_path / "run", refused
-
-
-def test_a_resume_with_other_settings_rows_or_models_is_refused_by_name(
-    finished, model_folder, rows, monkeypatch
-):
-    """Kills: an argument that is not compared, other rows under the same name, another model at its place."""
-    output, refused = finished
-    before = files(output)
+    optimizer, moments = state["optimizer"], state["optimizer"]["state"]
+    for wrong in (
+        {"losses": []},
+        {"run": state["run"] | {"seed": 1}},
+        {"adapter": state["adapter"] | {"guard_head.weight": torch.ones(1)}},
+        {"optimizer": optimizer | {"state": moments | {0: moments[0] | {"exp_avg": torch.ones(1)}}}},
+    ):
+        torch.save(state | wrong, path)
+        refused(r"state\.pt ")
+    path.write_bytes(whole[:-100])
+    refused(r"state\.pt is damaged")
     given = [name for name in training_run.LEARNING if name not in ("num_processes", "mixed_precision")]
     for name, option in zip(given, OTHER.split(), strict=True):
         refused(rf"differs: {name}$", option)
@@ -218,27 +195,8 @@ def test_a_resume_with_other_settings_rows_or_models_is_refused_by_name(
     assert files(output) == before
 
 
-def test_a_damaged_state_is_refused(finished):
-    """Kills: a state that torch can read and that is another run's or does not fit this one."""
-    output, refused = finished
-    path = output / "checkpoints/state.pt"
-    whole = path.read_bytes()
-    state = torch.load(path)
-    optimizer, moments = state["optimizer"], state["optimizer"]["state"]
-    for wrong in (
-        {"losses": []},
-        {"run": state["run"] | {"seed": 1}},
-        {"adapter": state["adapter"] | {"guard_head.weight": torch.ones(1)}},
-        {"optimizer": optimizer | {"state": moments | {0: moments[0] | {"exp_avg": torch.ones(1)}}}},
-    ):
-        torch.save(state | wrong, path)
-        refused(r"state\.pt ")
-    path.write_bytes(whole[:-100])
-    refused(r"state\.pt is damaged")
-
-
-def test_a_folder_that_cannot_be_the_runs_is_refused_first(model_folder, rows, tmp_path, monkeypatch):
-    """Kills: a finished run that is overwritten, a minute of loading before a refusal."""
+def test_a_run_takes_a_free_folder_or_is_refused_first(model_folder, rows, tmp_path, monkeypatch):
+    """Kills: a finished run that is overwritten, loading before a refusal, a folder that is not free."""
 
     def refused(match, *arguments):
         with pytest.raises(UserError, match=match):
@@ -255,3 +213,7 @@ def test_a_folder_that_cannot_be_the_runs_is_refused_first(model_folder, rows, t
     Path("stale/checkpoints").mkdir(parents=True)
     refused("holds another run", "stale")  # its state would be taken for the new run's
     refused("is no folder to write in", f"{rows}/run")
+    for name in ("runs/1", "runs/3"):
+        Path(name).mkdir(parents=True)
+    assert training_run.run_folder(None, False) == Path("runs/2")
+    assert training_run.run_folder(Path("mine"), False) == Path("mine")

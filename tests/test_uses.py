@@ -1,10 +1,11 @@
 """What people do with a chat model that carries a guard. Each test names the mutations that it kills."""
 
+import conftest
 import pytest
 import torch
 from conftest import CHATML, fill_b, forward, guard_for, make_guard, make_model, make_tokenizer, score, user
 from torch import nn
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import Gemma3Config
 
 from chat import encode
 from model import GuardConfig, GuardedChat
@@ -27,15 +28,12 @@ def test_a_chat_model_carries_one_guard_and_is_not_saved(tmp_path):
 
 def test_only_layers_that_a_text_reaches_learn():
     """Kills: LoRA in a vision tower or a side projection that a text never reaches, as a target too."""
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = text | {"image_size": 8, "patch_size": 4}
-    text |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 320}
-    options = {"mm_tokens_per_image": 4, "image_token_index": 319}
-    torch.manual_seed(0)
-    config = Gemma3Config(text_config=text, vision_config=vision, **options)
-    chat_model = Gemma3ForConditionalGeneration(config).eval()
+    parts = {"text_config": conftest.GROUPED | {"vocab_size": 320}}
+    parts["vision_config"] = conftest.SHAPE | {"image_size": 8, "patch_size": 4}
+    config = Gemma3Config(mm_tokens_per_image=4, image_token_index=319, **parts)
+    chat_model = conftest.random_model(config)
     chat_model.base_model.side = nn.Linear(32, 32)  # no text reaches it
-    for target in ("fc1", "vision_tower", "lm_head"):
+    for target in ("fc1", "vision_tower"):
         with pytest.raises(ValueError, match=rf"{target}.*q_proj"):
             guard_for(chat_model, lora_targets=[target])
     guard = guard_for(chat_model)
@@ -71,13 +69,11 @@ def test_gradients_are_equal_with_and_without_checkpointing(kind):
     assert any(gradient.any() for gradient in wanted.values()) and little < much / 2
 
 
-DATED = "{% if strftime_now is defined %}{{ 'Today is ' + strftime_now ( '%d %b %Y' ) }}{% endif %}" + CHATML
-
-
 def test_a_template_sees_the_date_of_the_config_or_is_refused():
     """Kills: a score that changes from day to day, a first guard's date in a shared tokenizer's template."""
     tokenizer, verdicts = make_tokenizer(), []
-    tokenizer.chat_template = DATED
+    today = "{% if strftime_now is defined %}{{ 'Today is ' + strftime_now ( '%d %b %Y' ) }}{% endif %}"
+    tokenizer.chat_template = today + CHATML
     for date, shown in (("2024-07-26", "26 Jul 2024"), ("2025-01-01", "01 Jan 2025")):
         guard = GuardedChat(make_model(), tokenizer, GuardConfig(date=date))
         assert guard.tokenizer.decode(encode(guard.tokenizer, user("hi")).ids).startswith(f"Today is {shown}")
