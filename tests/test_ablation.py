@@ -41,6 +41,11 @@ def test_the_mix_has_every_source_within_its_limits_and_no_prompt_twice(tmp_path
             assert 0 < kinds.count(True) <= limit and 0 < kinds.count(False) <= limit
     tenths = {"train": set(), "validation": set(), "test": set()}
     for name, rows in mix.items():
+        if name.endswith(("-surrounded", "-long")):
+            for row in rows:
+                before, behind = row["around"]
+                judged = row["response"] or row["prompt"]
+                assert judged.startswith(before) and judged.endswith(behind)
         for n, part, number in re.findall(r"(\d+) (question|answer) (\d+)", json.dumps(rows)):
             number = int(number) // 2 if part == "answer" else number  # of its prompt
             tenths[name.partition("-")[0]].add(tenth_of({"prompt": f"{n} question {number}"}))

@@ -33,8 +33,7 @@ def result(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(evaluate, "guard_of", lambda args: call.guard)
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--dataset", *names, *map(str, options)])
         evaluate.main()
-        out, progress = capsys.readouterr()
-        assert "computing in float32" in progress
+        out = capsys.readouterr().out
         return json.loads(out) if "--json" in options else out
 
     call.guard = make_guard(prompt_threshold=2.0, threshold=0.0)
@@ -47,7 +46,7 @@ def lines_of(path):
 
 @pytest.mark.parametrize("path", ["activated", "full"])
 def test_the_command_gives_the_fields_of_the_contract(path, result, tmp_path):
-    """Kills: logits as scores, an unread answer, swapped labels, lost fields, a wrong merge, slow dtypes."""
+    """Kills: logits as scores, an unread answer, swapped labels, lost fields, a wrong merge."""
     result.guard = make_guard(guard_path=path, prompt_threshold=2.0, threshold=0.0)
     unmerged = make_guard(guard_path=path)
     rounding = {"abs": 1e-5} if path == "full" else {}  # of merged weights
@@ -182,3 +181,11 @@ def test_running_figures_by_hand():
     assert (found.pop("flagged"), found.pop("safe_and_not_flagged")) == (2, 3)
     assert found.pop("median_token_of_first_flag") == 6.0
     assert found == {"flagged_by_half": 0.5, "of_these_cut_on_the_way": 1 / 3}
+
+
+def test_an_evaluation_is_computed_in_the_fast_dtype(result, monkeypatch):
+    """Kills: 16 bits where a product of fp32 is faster."""
+    monkeypatch.setattr("checkpoint.product_seconds", lambda _, dtype: {"float32": 1}.get(dtype, 2))
+    result.guard.chat_model.to(torch.bfloat16)
+    result(ROWS)
+    assert result.guard.chat_model.dtype == torch.float32

@@ -118,16 +118,18 @@ def served(tmp_path, **settings):
 
 @pytest.mark.parametrize(("unsafe_head", "room"), [(True, 10**6), (False, 100)])
 def test_the_client_writes_what_moderate_writes(unsafe_head, room, serve, tmp_path):
-    """Kills: the last token alone, parts of a long text left out, another order, no retry."""
+    """Kills: the last token alone, parts of a long text left out, another order, no retry, no resume."""
     guard, folder, answer = served(tmp_path, unsafe_head=unsafe_head)
     guard.max_tokens = min(guard.max_tokens, room)
     seen = serve(lambda number, ids: (503, []) if number == 1 else answer(number, ids), room)
     theirs = client.ServedGuard(folder, [URL, "http://nobody"])
     source, wanted, found = (tmp_path / name for name in ("rows.jsonl", "wanted.jsonl", "found.jsonl"))
     write(source, [*make_rows(5), {"prompt": "bread? " * 300, "id": 7}, {"prompt": 3}, {"prompt": "Hi"}])
-    for judge, target in ((guard, wanted), (theirs, found)):
+    for judge, target in ((guard, wanted), (theirs, found), (theirs, found)):
+        asked = len(seen)
         with pytest.raises(UserError, match="1 rows cannot be judged"):
             score_file(judge, source, target, start_accelerator())
+    assert len(seen) == asked  # the second run finds all rows judged
     assert max(map(len, seen)) == guard.max_tokens
     pairs = zip(found.read_text().splitlines(), wanted.read_text().splitlines(), strict=True)
     for their, our in (map(json.loads, pair) for pair in pairs):
