@@ -51,6 +51,7 @@ def test_a_ratio_of_nothing_is_nan():
     known = [{name for name in found if not math.isnan(found[name])} for found in (harmless, harmful, empty)]
     assert known[0] == {"accuracy", "fpr", "calibration_error"} and known[2] == set()
     assert known[1] == {"accuracy", "precision", "recall", "f1", "auprc", "calibration_error"}
+    assert (harmless["accuracy"], harmless["fpr"], harmful["recall"]) == (1, 0, 0.25)
 
 
 @pytest.mark.parametrize("limit", [0, 0.05, 1])

@@ -71,8 +71,8 @@ def learn(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def learn(name, given, *options):
-        files = given.items() if isinstance(given, dict) else [("rows", given)]
-        paths = [write(tmp_path / f"{split}.jsonl", rows) for split, rows in files]
+        parts = given.items() if isinstance(given, dict) else [("rows", given)]
+        paths = [write(tmp_path / f"{split}.jsonl", rows) for split, rows in parts]
         run(monkeypatch, "link", tmp_path / name, "--dataset", *paths, *options)
         return tmp_path / name
 
@@ -104,6 +104,7 @@ def test_a_run_learns_and_leaves_the_files_of_the_contract(path, learn, tmp_path
     assert (output / "adapter.safetensors").read_bytes() == kept.read_bytes()
     config = read_config(output)
     assert config["base_model"] == str(tmp_path / "link") and config["arguments"]["epochs"] == 6
+    assert config["guard"]["categories"] == ["theft", "hate"] and config["guard"]["guard_path"] == path
     printed = capsys.readouterr().out
     figures = [f"{split} AUPRC {float(best[f'{split}/auprc']):.3f}" for split in ("validation", "test")]
     assert f"80 rows of {tmp_path / 'rows.jsonl'}" in printed and "epoch 6: train AUPRC" in printed
@@ -134,6 +135,7 @@ def test_rows_are_learnt_from_whole_and_at_random_cuts(path, learn, tmp_path, mo
     assert seen[True].keys() == {tuple(text.ids) for text in texts["train"]}
     cuts = [(text, seen[True][tuple(text.ids)]) for text in texts["train"]]
     assert all(text.start < min(ends) and max(ends) == len(text.ids) for text, ends in cuts)
+    assert sum(len(ends) > 1 for _, ends in cuts) > 10
     assert any(len(ends) > 2 for _, ends in cuts)  # two epochs, each with a place of its own and the end
 
 

@@ -51,8 +51,12 @@ def die_at(monkeypatch, moment, *arguments):
     return begun
 
 
-CASES = {"default": ([], "no"), "bare": (BARE, "no"), "full": (["--guard-path=full"], "bf16")}
-CASES["head alone"] = (["--lora-targets=none"], "no")
+CASES = {  # {name: (options, mixed precision)}
+    "default": ([], "no"),
+    "bare": (BARE, "no"),
+    "head alone": (["--lora-targets=none"], "no"),
+    "full": (["--guard-path=full"], "bf16"),
+}
 
 
 @pytest.mark.parametrize(("options", "precision"), CASES.values(), ids=CASES)
