@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -12,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from chat import Text, encode
+from checkpoint import adapter_header, fingerprint, save_adapter
 from data import read_rows
 from model import GuardConfig, GuardedChat
 
@@ -201,3 +203,14 @@ def model_folder(tmp_path):
     make_model().save_pretrained(tmp_path / "chat-model")
     make_tokenizer().save_pretrained(tmp_path / "chat-model")
     return str(tmp_path / "chat-model")
+
+
+@pytest.fixture
+def saved(tmp_path, model_folder):
+    """(config path, adapter path) of a guard whose base model is a local folder, as train.py writes them."""
+    guard, config, adapter = make_guard(), tmp_path / "config.json", tmp_path / "adapter.safetensors"
+    base = fingerprint(guard.chat_model, guard.tokenizer)
+    content = {"base_model": model_folder, "dtype": "float32", "base_fingerprint": base}
+    config.write_text(json.dumps(content | {"guard": asdict(guard.config)}))
+    save_adapter(adapter, guard.adapter(), adapter_header(base, guard.config))
+    return config, adapter

@@ -10,7 +10,7 @@ from conftest import make_rows, write
 
 from data import tenth_of
 from errors import UserError
-from tools import ablation, guard_data
+from tools import ablation, guard_data, language_data
 from tools.guard_data import read
 
 
@@ -52,3 +52,25 @@ def test_the_mix_has_every_source_within_its_limits_and_no_prompt_twice(tmp_path
     assert tenths == {"train": set(range(2, 10)), "validation": {0, 1}, "test": {2}}
     kinds = {(row["disguise"], row["is_safe"]) for row in mix["train-disguised"]}
     assert kinds == {(d.__name__, is_safe) for d in guard_data.DISGUISES for is_safe in (True, False)}
+
+
+def test_all_translations_of_a_harmful_question_share_a_split(tmp_path, monkeypatch):
+    """Kills: a split by text, a long prompt or a long row of the mix that is kept, a whole mix."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["language_data.py", "."])
+    for folder in ("prompts", "runs/mix"):
+        Path(folder).mkdir(parents=True)
+    rows = [{"prompt": f"{n} {n % 40}", "is_safe": False, "question": str(n % 40)} for n in range(200)]
+    harmless = [{"prompt": f"harmless {n}", "is_safe": True} for n in range(40)]
+    write(Path("prompts/multilingual.jsonl"), [*rows, {"prompt": "a" * 201, "is_safe": True}, *harmless])
+    with pytest.raises(UserError, match="runs/mix has no files"):
+        language_data.main()
+    for name in ("train-prompts", "train-long", "validation-prompts"):
+        write(Path(f"runs/mix/{name}.jsonl"), make_rows(400))
+    language_data.main()
+    found = {path.stem: read(path) for path in Path("runs/languages").iterdir()}
+    parts = [found.pop(f"{split}-languages") for split in ("train", "validation")]
+    questions = [{row.get("question") for row in part} - {None} for part in parts]
+    assert sum(map(len, parts)) == 240 and not questions[0] & questions[1]
+    assert len(questions[0]) > len(questions[1]) > 0
+    assert 60 < len(found.pop("train-prompts")) < 140 and found == {"validation-prompts": make_rows(400)}

@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,23 +19,12 @@ from conftest import guard_for, ids_of, make_guard, make_model, make_tokenizer, 
 from transformers.utils import logging
 
 import checkpoint
-from checkpoint import EMBEDDED, adapter_header, fingerprint, load_chat_model, load_guard, save_adapter
+from checkpoint import EMBEDDED, adapter_header, load_chat_model, load_guard, save_adapter
 from errors import UserError, guard_arguments
 from model import NEVER, GuardConfig
 
 TEXTS = ["how is the bread?", "hi", "the answer is harmful, and the user is safe " * 2, "or"]
 OTHER = "{} belongs to another guard or chat model; what differs: {}"
-
-
-@pytest.fixture
-def saved(tmp_path, model_folder):
-    """(config path, adapter path) of a guard whose base model is a local folder, as train.py writes them."""
-    guard, config, adapter = make_guard(), tmp_path / "config.json", tmp_path / "adapter.safetensors"
-    base = fingerprint(guard.chat_model, guard.tokenizer)
-    content = {"base_model": model_folder, "dtype": "float32", "base_fingerprint": base}
-    config.write_text(json.dumps(content | {"guard": asdict(guard.config)}))
-    save_adapter(adapter, guard.adapter(), adapter_header(base, guard.config))
-    return config, adapter
 
 
 def edit(config, field, *value):

@@ -38,7 +38,8 @@ def rows_of(kind, count):
 
 
 def test_thresholds_are_those_of_the_given_rows(choose):
-    """Kills: the old thresholds, answers and prompts mixed up, the other settings lost, cuts not kept."""
+    """Kills: old thresholds, answers and prompts mixed up, a lost setting, a threshold in the adapter."""
+    assert {"threshold", "prompt_threshold", "verdict_every"} <= set(CHOSEN_LATER)
     guard, config = choose(rows_of("prompt", 40) + rows_of("response", 60), "--verdict-every=16")
     assert config["base_model"] == "x" and config["guard"]["categories"] == ["a"]
     assert config["guard"]["verdict_every"] == 16
@@ -54,8 +55,3 @@ def test_a_kind_with_too_few_rows_keeps_its_threshold(choose):
     assert config["guard"]["threshold"] == 0.5 and config["guard"]["prompt_threshold"] < 1
     with pytest.raises(UserError, match="too few safe rows"):
         choose(rows_of("prompt", 10) + rows_of("response", 10))
-
-
-def test_the_new_config_fits_the_old_adapter():
-    """Kills: a setting in the adapter's header that the tool changes."""
-    assert {"threshold", "prompt_threshold", "verdict_every"} <= set(CHOSEN_LATER)

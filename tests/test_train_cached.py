@@ -45,18 +45,43 @@ def test_a_guard_whose_caches_cannot_be_kept_is_refused(tmp_path):
     assert not (tmp_path / "caches").exists()
 
 
-def test_kept_caches_change_no_loss_and_a_second_run_reads_nothing(model_folder, tmp_path, monkeypatch):
-    """Kills: a file for every cut, rows mixed up, arguments that are lost, a second run that reads again."""
+@pytest.fixture
+def trained(model_folder, tmp_path, monkeypatch):
+    """A training as a function: its command, output, options and start -> the tensors that it saves."""
     rows = [row | {"response": "it is so " * (1 + n % 7)} for n, row in enumerate(make_rows(80))]
-    options = ["--dataset", write(tmp_path / "rows.jsonl", rows), "--epochs=2", "--lora-r=4"]
+    data = write(tmp_path / "rows.jsonl", rows)
+
+    def call(command, name, *options, adapter=None):
+        start = ["--adapter", adapter] if adapter else []
+        folders = [tmp_path / "caches"] * (command is train_cached) + [model_folder, tmp_path / name]
+        arguments = map(str, ["", *start, *folders, "--dataset", data, "--lora-r=4", *options])
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "load", train.load)  # undone at the end
+            patch.setattr(sys, "argv", [*arguments])
+            command.main()
+        return safetensors.torch.load_file(tmp_path / name / "adapter.safetensors")
+
+    return call
+
+
+def test_kept_caches_change_no_loss_and_a_second_run_reads_nothing(trained, tmp_path):
+    """Kills: a file for every cut, rows mixed up, arguments that are lost, a second run that reads again."""
     adapters, times = {}, {}
-    monkeypatch.setattr(train, "load", train.load)  # undone at the end
     for name, command in (("plain", train), ("kept", train_cached), ("again", train_cached)):
-        folder = [str(tmp_path / "caches")] if command is train_cached else []
-        monkeypatch.setattr(sys, "argv", ["", *folder, model_folder, str(tmp_path / name), *options])
-        command.main()
-        adapters[name] = safetensors.torch.load_file(tmp_path / name / "adapter.safetensors")
+        adapters[name] = trained(command, name, "--epochs=2")
         times[name] = {path: path.stat().st_mtime_ns for path in tmp_path.glob("caches/*/*")}
     assert all((x - adapters["plain"][key]).abs().max() < 2e-4 for key, x in adapters["kept"].items())
     assert all(torch.equal(x, adapters["kept"][key]) for key, x in adapters["again"].items())
-    assert times["kept"] == times["again"] and 60 < len(times["kept"]) <= len(rows)
+    assert times["kept"] == times["again"] and 60 < len(times["kept"]) <= 80
+
+
+def test_a_training_goes_on_from_an_adapter(trained, tmp_path):
+    """Kills: LoRA that is not put in, a start that config.json does not name, another guard's adapter."""
+    learnt = trained(train, "first", "--epochs=1")
+    first, options = tmp_path / "first/adapter.safetensors", ["--epochs=1", "--seed=1"]
+    moved = trained(train_cached, "second", *options, "--learning-rate=1e-9", adapter=first)
+    assert all(torch.allclose(moved[key], x, atol=1e-6) for key, x in learnt.items() if "lora" in key)
+    with pytest.raises(UserError, match="differs: start"):
+        trained(train_cached, "second", *options, "--learning-rate=1e-9", "--resume")
+    with pytest.raises(UserError, match="another guard or chat model; what differs: lora_alpha"):
+        trained(train_cached, "third", "--lora-alpha=8", adapter=first)

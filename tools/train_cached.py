@@ -1,8 +1,10 @@
 """Train as train.py does, but let the chat path read each conversation once, into a file.
 
-    python tools/train_cached.py CACHE_DIR [all arguments of train.py]
+    python tools/train_cached.py [--adapter FILE] CACHE_DIR [all arguments of train.py]
 
 No gradient goes through the conversation, so its KV cache is the same in every epoch and every later run.
+With --adapter the training starts from a saved adapter of the same settings and categories. With --resume
+it has to be given again.
 """
 
 import argparse
@@ -22,24 +24,31 @@ from transformers.cache_utils import DynamicLayer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
+from checkpoint import adapter_header, put_adapter, read_adapter
 from errors import explain, refuse, run, write_whole
 from model import GuardedChat
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--adapter", type=Path, help="start from this adapter.safetensors")
     parser.add_argument("cache_dir", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="those of train.py")
     args = parser.parse_args()
     sys.argv[1:] = args.arguments
-    train.load = functools.partial(load_cached, train.load, args.cache_dir)
+    train.load = functools.partial(load_cached, train.load, args.cache_dir, args.adapter)
     train.main()
 
 
-def load_cached(load, cache_dir, *arguments):
-    """What `load`, which is train.load, returns, with a guard that keeps caches."""
+def load_cached(load, cache_dir, adapter, *arguments):
+    """What `load`, which is train.load, returns, with a guard that keeps caches and starts from `adapter`."""
     guard, splits, config = load(*arguments)
     keep_caches(guard, cache_dir)
+    if adapter:
+        tensors = read_adapter(adapter, adapter_header(config["base_fingerprint"], guard.config))
+        put_adapter(adapter, guard, tensors)
+        # In `rows`, because --resume compares these and refuses another start.
+        config["rows"]["start"] = f"sha256 {hashlib.sha256(adapter.read_bytes()).hexdigest()}"
     return guard, splits, config
 
 
