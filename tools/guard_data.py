@@ -41,6 +41,7 @@ SOURCES = {  # name: (file, training rows at most of each class, validation rows
     "ours": (ROOT / "samples/sample.jsonl", 300, 60),
     "ours-prompts": (ROOT / "samples/prompts.jsonl", 600, 80),
 }
+TENTHS = {"train": range(2, 10), "validation": range(2)}  # of all prompts
 SHORT = 120  # characters of a disguised text or an earlier turn
 SURROUNDED = 400  # characters of a pair or prompt that is put into harmless text
 BEFORE = (
@@ -114,7 +115,7 @@ def main():
     rows = {name: read(args.data / file) for name, (file, _, _) in SOURCES.items()}
     folder = Path("runs/mix")
     folder.mkdir(parents=True, exist_ok=True)
-    for n, (split, tenths) in enumerate({"train": range(2, 10), "validation": range(2)}.items()):
+    for n, (split, tenths) in enumerate(TENTHS.items()):
         part = {name: [row for row in rows[name] if tenth_of(row) in tenths] for name in rows}
         limits = {name: sizes[n] for name, (_, *sizes) in SOURCES.items()}
         for name, (sources, make, *sizes) in COPIES.items():

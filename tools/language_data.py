@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import tenth_of
 from errors import refuse, run, write_whole
-from tools.guard_data import digest, jsonl, read
+from tools.guard_data import TENTHS, digest, jsonl, read
 
-LONGEST = 200  # characters of a prompt in another language; long ones cost most of the reading
+# Long prompts, and the long texts of the mix, are left out: they cost most of the reading.
+LONGEST = 200  # characters of a prompt in another language
 SHARE = 4  # one training row of the mix in so many
 
 
@@ -25,7 +26,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with the labelled data sets")
     args = parser.parse_args()
-    mix = sorted(Path("runs/mix").glob("*.jsonl"))
+    mix = [path for path in Path("runs/mix").glob("*.jsonl") if not path.stem.endswith("-long")]
     refuse(not mix, "runs/mix has no files; run tools/guard_data.py first")
     folder = Path("runs/languages")
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,10 +34,9 @@ def main():
         rows = read(path)
         if path.name.startswith("train"):
             rows = [row for row in rows if int(digest(row), 16) % SHARE == 0]
-        if not path.stem.endswith("long"):  # for the reading too
-            write_whole(folder / path.name, jsonl(rows))
+        write_whole(folder / path.name, jsonl(rows))
     rows = [row for row in read(args.data / "prompts/multilingual.jsonl") if len(row["prompt"]) <= LONGEST]
-    for split, tenths in {"train": range(2, 10), "validation": range(2)}.items():
+    for split, tenths in TENTHS.items():
         part = [row for row in rows if tenth_of_question(row) in tenths]
         write_whole(folder / f"{split}-languages.jsonl", jsonl(part))
 
